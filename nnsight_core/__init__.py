@@ -1,0 +1,47 @@
+"""A live tracing core: read and set the values inside any PyTorch module while it runs."""
+
+from nnsight_core.envoy import Envoy
+from nnsight_core.errors import (
+    EmptyPromptError,
+    InputError,
+    MissingInputError,
+    ModelNotFoundError,
+    ModuleNotRunError,
+    NNsightError,
+    NoSuchModuleError,
+    NoTraceError,
+    OrderError,
+    OutOfOrderError,
+    PromptTooLongError,
+    ReleasedValueError,
+    TraceStoppedError,
+    WrongThreadError,
+)
+from nnsight_core.language_model import LanguageModel
+from nnsight_core.model import NNsight
+from nnsight_core.proxy import Proxy, apply, save
+from nnsight_core.tracer import Tracer
+
+__all__ = [
+    "apply",
+    "EmptyPromptError",
+    "Envoy",
+    "InputError",
+    "LanguageModel",
+    "MissingInputError",
+    "ModelNotFoundError",
+    "ModuleNotRunError",
+    "NNsight",
+    "NNsightError",
+    "NoSuchModuleError",
+    "NoTraceError",
+    "OrderError",
+    "OutOfOrderError",
+    "PromptTooLongError",
+    "Proxy",
+    "ReleasedValueError",
+    "save",
+    "Tracer",
+    "TraceStoppedError",
+    "WrongThreadError",
+]

@@ -1,0 +1,265 @@
+"""The module tree's mirror: each module of the model has an envoy, through which its values are read and set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from nnsight_core.current import OpenTrace, open_trace
+from nnsight_core.errors import NoSuchModuleError, NoTraceError
+from nnsight_core.events import Event, Origin
+from nnsight_core.proxy import InputProxy, Proxy, apply, unwrap
+from nnsight_core.sites import user_site
+from nnsight_core.values import is_pair, with_first_argument
+
+Names = Mapping[str, str]
+_NO_NAMES: Names = {}
+
+
+class Tree:
+    """What all envoys of one model share: the root, the extra names, and who calls whom.
+
+    Args:
+        root: the wrapped module.
+        aliases: for each parent path (``""`` is the root) the extra names that it answers to, and the full path
+            that each stands for.
+    """
+
+    def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
+        self.root = root
+        self.aliases = dict(aliases or {})
+        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
+
+    def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+        """Every module inside whose call ``module`` may be called, the root among them.
+
+        A module that hangs in the tree at several places has the ancestors of all of them.
+        """
+        found = self._ancestors.get(module)
+        if found is None:
+            self._index()
+            found = self._ancestors[module] = self._collect(module)
+        return found
+
+    def forget(self) -> None:
+        """The tree has changed: work out anew who calls whom."""
+        self._parents.clear()
+        self._ancestors.clear()
+
+    def _index(self) -> None:
+        self._parents = {}
+        for parent in self.root.modules():
+            for child in parent.children():
+                self._parents.setdefault(child, []).append(parent)
+
+    def _collect(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+        found: dict[torch.nn.Module, None] = {}
+        waiting = [module]
+        while waiting:
+            for parent in self._parents.get(waiting.pop(), ()):
+                if parent not in found:
+                    found[parent] = None
+                    waiting.append(parent)
+        found.setdefault(self.root, None)
+        found.pop(module, None)
+        return tuple(found)
+
+
+class Envoy:
+    """One module of the model, as it stands in the tree.
+
+    Attribute access goes down the tree by the names that ``print(model)`` shows: ``model.transformer.h[0].attn``.
+    Inside a trace ``.output``, ``.input`` and ``.inputs`` are the module's values, read and set.
+
+    Args:
+        module: the module.
+        path: its dotted path from the root; ``""`` for the root itself.
+        tree: what all envoys of the model share.
+    """
+
+    _module: torch.nn.Module
+    _path: str
+    _tree: Tree
+    _names: Names
+    _children: dict[str, Envoy]
+
+    def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
+        self._module = module
+        self._path = path
+        self._tree = tree
+        self._names = tree.aliases.get(path, _NO_NAMES)
+        self._children = {}
+
+    # Going down the tree.
+
+    @property
+    def path(self) -> str:
+        """The dotted path from the root, in the model's own names; ``""`` for the root."""
+        return self._path
+
+    def _child(self, name: str, module: torch.nn.Module) -> Envoy:
+        envoy = self._children.get(name)
+        # Somebody may have put another module in its place since.
+        if envoy is None or envoy._module is not module:
+            self._tree.forget()
+            envoy = self._children[name] = Envoy(module, f"{self._path}.{name}" if self._path else name, self._tree)
+        return envoy
+
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__["_module"]
+        names = self.__dict__["_names"]
+        if names and name in names:
+            return self._root_envoy().get(names[name])
+        child = module._modules.get(name)
+        if child is not None:
+            return self._child(name, child)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            raise NoSuchModuleError(name, self._described(), [*module._modules, *names]) from None
+
+    def _root_envoy(self) -> Envoy:
+        return self if self._path == "" else Envoy(self._tree.root, "", self._tree)
+
+    def get(self, path: str) -> Envoy:
+        """The envoy at a dotted path below this one, by the model's own names or by extra ones.
+
+        >>> model.get("transformer.h.0.attn")  # doctest: +SKIP
+
+        Raises:
+            NoSuchModuleError: there is none; says the nearest names.
+        """
+        envoy = self
+        for name in path.split(".") if path else ():
+            child = envoy._module._modules.get(name)
+            if name in envoy._names:
+                envoy = envoy._root_envoy().get(envoy._names[name])
+            elif child is not None:
+                envoy = envoy._child(name, child)
+            else:
+                raise NoSuchModuleError(name, envoy._described(), [*envoy._module._modules, *envoy._names])
+        return envoy
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if isinstance(key, str):
+            return self.get(key)
+        children = list(self._module._modules.items())
+        chosen = children[key]
+        if isinstance(chosen, list):
+            return [self._child(name, module) for name, module in chosen if module is not None]
+        name, module = chosen
+        return module if module is None else self._child(name, module)
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return (self._child(name, module) for name, module in self._module._modules.items() if module is not None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or hasattr(type(self), name) or name in _annotations(type(self)):
+            object.__setattr__(self, name, value)
+        elif isinstance(value, torch.nn.Module):
+            setattr(self._module, name, value)
+            self._tree.forget()
+        elif hasattr(self._module, name):
+            setattr(self._module, name, value)
+        else:
+            known = [*self._module._modules, *self._names, "output", "input", "inputs"]
+            raise NoSuchModuleError(name, self._described(), known)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *self._names, *dir(self._module)})
+
+    def __repr__(self) -> str:
+        return repr(self._module)
+
+    def _described(self) -> str:
+        name = type(self._module).__name__
+        return f"{self._path} ({name})" if self._path else f"The model ({name})"
+
+    # Values.
+
+    def _trace(self, asked: str) -> OpenTrace:
+        trace = open_trace(self._tree.root)
+        if trace is None:
+            raise NoTraceError(asked, user_site())
+        return trace
+
+    def _ask(self, kind: str, label: str | None) -> tuple[OpenTrace, Event]:
+        label = label or f"{self._path or 'model'}.{kind}"
+        trace = self._trace(label)
+        module = self._module
+        return trace, trace.interleaver.ask(module, kind, label, self._tree.ancestors(module))
+
+    def read(self, kind: str, label: str | None = None) -> Any:
+        """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy; ``label`` is how errors are to call it.
+
+        Raises:
+            NoTraceError: no trace of the model is open here.
+            OutOfOrderError: the forward pass has gone by it.
+            ModuleNotRunError: the module does not run in this pass.
+        """
+        trace, event = self._ask(kind, label)
+        proxy = InputProxy if kind == "input" else Proxy
+        return trace.scope.proxy(event.value, Origin(event, event.put), proxy)
+
+    def write(self, kind: str, value: Any, label: str | None = None) -> None:
+        """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
+
+        A plain number in the place of a tensor fills the tensor. For inputs, a pair ``(args, kwargs)`` replaces the
+        call and anything else its first argument.
+        """
+        _, event = self._ask(kind, label)
+        value = value._get() if isinstance(value, InputProxy) else unwrap(value)
+        if kind == "input":
+            event.put(value if is_pair(value) else with_first_argument(event.value, value))
+            return
+        if value is None:
+            raise ValueError(f"{event.label} cannot be set to None: torch takes a None from a hook for 'no change'.")
+        if isinstance(value, (int, float)) and isinstance(event.value, torch.Tensor):
+            value = torch.full_like(event.value, value)
+        event.put(value)
+
+    @property
+    def output(self) -> Any:
+        """What the module's call gives; set it to replace it.
+
+        If the module has a child of this name, reach the child by ``envoy["output"]``.
+        """
+        return self.read("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self.write("output", value)
+
+    @property
+    def input(self) -> Any:
+        """The call of the module. ``.input[0]`` are its arguments and ``.input[1]`` its keyword arguments; everything
+        else (attributes, arithmetic, slices) sees the first argument. Set it to replace the first argument, or the
+        whole call by a pair ``(args, kwargs)``.
+        """
+        return self.read("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self.write("input", value)
+
+    inputs = input
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""
+        return apply(self._module, *args, **kwargs)
+
+
+def _annotations(kind: type) -> set[str]:
+    return {name for each in kind.__mro__ for name in inspect.get_annotations(each)}

@@ -1,0 +1,184 @@
+"""Every mistake that the engine can name.
+
+    NNsightError
+    ├── OrderError
+    │   ├── OutOfOrderError      a value was asked for after the forward pass had gone by it
+    │   ├── ModuleNotRunError    the module does not run in this pass at all
+    │   └── TraceStoppedError    a value was asked for after tracer.stop()
+    ├── WrongThreadError         a trace was continued in another thread than the one that opened it
+    ├── NoTraceError             a value was asked for outside a trace
+    ├── ReleasedValueError       a value that was not saved was used after its trace
+    ├── NoSuchModuleError        a name that is not in the module tree
+    └── InputError
+        ├── MissingInputError    a trace without anything to run on
+        ├── EmptyPromptError     a prompt without a token
+        ├── PromptTooLongError   a prompt beyond the model's context length
+        └── ModelNotFoundError   a name or folder that holds no model
+
+Each class writes its own message: what was asked, at which line, what is so, and how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from nnsight_core.sites import Site
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like ``name``, best first; empty when none is near."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.5)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    found = nearest(name, known)
+    return f"Did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
+
+
+def _table(rows: Sequence[tuple[str, str, Site | None]]) -> str:
+    wide = max(len(label) for label, _, _ in rows)
+    named = max(len(what) for _, what, _ in rows)
+    return "\n".join(
+        f"  {label:<{wide}}   {what:<{named}}   {site.short if site else ''}".rstrip() for label, what, site in rows
+    )
+
+
+class NNsightError(Exception):
+    """The root of everything that this package raises of its own."""
+
+
+class OrderError(NNsightError):
+    """A value was asked for at a moment at which the model cannot give it."""
+
+
+class OutOfOrderError(OrderError):
+    """A value was asked for, or set, after the forward pass had gone by it."""
+
+    def __init__(
+        self, asked: str, asked_at: Site, reached: str, reached_at: Site | None, setting: bool = False
+    ) -> None:
+        verb = "set" if setting else "asked for"
+        rows = [("already read", reached, reached_at), (verb, asked, asked_at)]
+        if reached_at is not None and reached_at.file == asked_at.file and reached_at.line != asked_at.line:
+            mend = f"Move line {asked_at.line} above line {reached_at.line}."
+        else:
+            mend = f"Ask for {asked} before {reached}, and keep it in a variable."
+        if setting and reached == asked:
+            mend = "Set it before you ask for anything that comes later, or work on a copy: .clone()."
+        super().__init__(
+            f"{asked} was {verb} after the forward pass had gone by it.\n{_table(rows)}\n"
+            f"A model gives each value once, in the order it makes them. {mend}"
+        )
+
+
+class ModuleNotRunError(OrderError):
+    """The module whose value was asked for does not run in this forward pass."""
+
+    def __init__(self, asked: str, asked_at: Site, doubt: str = "", hint: str = "") -> None:
+        rest = "\n".join(each for each in (doubt, hint) if each)
+        super().__init__(
+            f"{asked} was asked for, but its module did not run in this forward pass.\n"
+            f"{_table([('asked for', asked, asked_at)])}\n"
+            "Check in print(model) that it is on the path that these inputs take." + (f"\n{rest}" if rest else "")
+        )
+
+
+class TraceStoppedError(OrderError):
+    """A value was asked for after ``tracer.stop()`` had ended the forward pass."""
+
+    def __init__(self, asked: str, asked_at: Site, stopped_at: Site) -> None:
+        super().__init__(
+            f"{asked} was asked for after tracer.stop() had ended the forward pass.\n"
+            f"{_table([('stopped', 'tracer.stop()', stopped_at), ('asked for', asked, asked_at)])}\n"
+            "Ask for every value that you need before you stop."
+        )
+
+
+class WrongThreadError(NNsightError):
+    """A trace was continued in another thread than the one that opened it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This trace was opened in another thread, and a forward pass cannot move between threads.\n"
+            "Open the trace in the thread that works with its values; threads may trace one model at the same time."
+        )
+
+
+class NoTraceError(NNsightError):
+    """A value was asked for where no trace of its model is open."""
+
+    def __init__(self, asked: str, asked_at: Site, model: str = "model") -> None:
+        super().__init__(
+            f"{asked} was asked for outside a trace.\n{_table([('asked for', asked, asked_at)])}\n"
+            "A module has values only while the model runs. Open a trace around this line:\n"
+            f"    with {model}.trace(inputs):\n        value = {asked}.save()"
+        )
+
+
+class ReleasedValueError(NNsightError, ValueError):
+    """A value that was not saved was used after its trace had ended."""
+
+    def __init__(self, made_at: Site) -> None:
+        super().__init__(
+            "Accessing Proxy value before it's been set: it was not saved, so it was released when its trace ended.\n"
+            f"{_table([('made at', made_at.source or 'this value', made_at)])}\n"
+            "Keep it with .save() inside the trace."
+        )
+
+
+class NoSuchModuleError(NNsightError, AttributeError):
+    """A name was asked for that the module tree does not hold."""
+
+    def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
+        known = sorted(set(known))
+        shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        lines = [f"{parent} has no module or attribute {name!r}.", _did_you_mean(name, known)]
+        lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
+        super().__init__("\n".join(line for line in lines if line))
+
+
+class InputError(NNsightError, ValueError):
+    """What the model was asked to run on cannot be run."""
+
+
+class MissingInputError(InputError):
+    """A trace was opened with nothing to run on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "trace() was opened without an input.\nGive what the model is to run on:\n    with model.trace(inputs): ..."
+        )
+
+
+class EmptyPromptError(InputError):
+    """A prompt came out with no token at all."""
+
+    def __init__(self, index: int, count: int) -> None:
+        which = "The prompt is empty" if count == 1 else f"Prompt {index} of {count} (counted from 0) is empty"
+        if count == 0:
+            which = "The list of prompts is empty"
+        super().__init__(f"{which}: there is no token to run the model on.\nGive at least one token of text.")
+
+
+class PromptTooLongError(InputError):
+    """A prompt has more tokens than the model has positions."""
+
+    def __init__(self, index: int, tokens: int, limit: int, model: str) -> None:
+        super().__init__(
+            f"Prompt {index} (counted from 0) has {tokens} tokens, but {model} has a context of {limit} positions.\n"
+            f"Shorten it by {tokens - limit} tokens, or cut it where it is tokenised:\n"
+            f"    model.trace(prompt, invoker_args={{'truncation': True, 'max_length': {limit}}})"
+        )
+
+
+class ModelNotFoundError(InputError):
+    """Neither a folder with a model, nor a model that can be fetched by that name."""
+
+    def __init__(self, name: str, reason: str, known: Iterable[str] = ()) -> None:
+        known = list(known)
+        lines = [f"No model could be loaded from {name!r}: {reason}", _did_you_mean(name, known)]
+        if known:
+            lines.append(f"Models that come with the package: {', '.join(known)}.")
+        lines.append("Give a folder that holds config.json and weights, a name on the hub, or a model object.")
+        super().__init__("\n".join(line for line in lines if line))

@@ -1,0 +1,51 @@
+"""A value at the moment at which the model hands it over, and where a part of it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nnsight_core.errors import OutOfOrderError
+from nnsight_core.sites import Site, user_site
+
+
+class Event:
+    """One value at the moment at which the model hands it over: a module's call (``input``) or result (``output``)."""
+
+    __slots__ = ("current", "kind", "label", "module", "replaced", "site", "value")
+
+    def __init__(self, module: torch.nn.Module, kind: str, label: str, value: Any, site: Site) -> None:
+        self.module = module
+        self.kind = kind
+        self.label = label
+        self.value = value
+        self.site = site
+        self.replaced = False
+        #: The model waits at this event; once it has gone on, nothing can be changed here any more.
+        self.current = True
+
+    def put(self, value: Any) -> None:
+        """Let the model go on with ``value`` in place of its own."""
+        self.value = value
+        self.replaced = True
+
+    def check_writable(self) -> None:
+        """Raises:
+        OutOfOrderError: the model has gone on.
+        """
+        if not self.current:
+            raise OutOfOrderError(self.label, user_site(), self.label, self.site, setting=True)
+
+
+class Origin:
+    """Which part of which event a proxy shows, so that what is written into it reaches the model."""
+
+    __slots__ = ("copied", "event", "write")
+
+    def __init__(self, event: Event, write: Callable[[Any], None], copied: bool = False) -> None:
+        self.event = event
+        self.write = write
+        #: The part is a copy and not a view, so what changes in it has to be written back.
+        self.copied = copied

@@ -1,0 +1,134 @@
+"""The only file that registers anything with torch.
+
+Hooks are put on demand and fire once. PyTorch decides whether a module has hooks when its call *starts*, so asking
+for a module also arms its ancestors, whose calls may be under way by the time they are asked for themselves; a module
+that nobody asked for costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from nnsight_core.proxy import Scope, unwrap
+
+#: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
+Deliver = Callable[[torch.nn.Module, str, Any], "tuple[Any] | None"]
+
+
+def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> None:
+    """A hook that does nothing: its presence alone lets later hooks of a running module fire."""
+
+
+class HookBoard:
+    """The hooks of one trace: put one by one, each gone when it has fired, all gone at :meth:`clear`."""
+
+    def __init__(self, is_ours: Callable[[], bool], deliver: Deliver) -> None:
+        self._is_ours = is_ours
+        self._deliver = deliver
+        self._armed: dict[int, RemovableHandle] = {}
+        self._waiting: dict[tuple[int, str], RemovableHandle] = {}
+
+    def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
+        """Deliver the next ``kind`` of ``module``, whose call stands inside calls of ``ancestors``."""
+        for ancestor in ancestors:
+            if id(ancestor) not in self._armed:
+                self._armed[id(ancestor)] = ancestor.register_forward_hook(_keeps_hooks_running)
+        key = (id(module), kind)
+        if key in self._waiting:
+            return
+        if kind == "output":
+            self._waiting[key] = module.register_forward_hook(self._on_output)
+        else:
+            if id(module) not in self._armed:
+                self._armed[id(module)] = module.register_forward_hook(_keeps_hooks_running)
+            self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+
+    def unwatch(self, module: torch.nn.Module, kind: str) -> None:
+        """Take back a :meth:`watch` that has not been delivered."""
+        handle = self._waiting.pop((id(module), kind), None)
+        if handle is not None:
+            handle.remove()
+
+    def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        # Another thread, task or trace may run the same module: it never sees these hooks.
+        if not self._is_ours():
+            return None
+        self.unwatch(module, "output")
+        changed = self._deliver(module, "output", output)
+        return None if changed is None else changed[0]
+
+    def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._is_ours():
+            return None
+        self.unwatch(module, "input")
+        changed = self._deliver(module, "input", (args, kwargs))
+        return None if changed is None else changed[0]
+
+    def clear(self) -> None:
+        """Remove every hook."""
+        for handle in (*self._waiting.values(), *self._armed.values()):
+            handle.remove()
+        self._waiting.clear()
+        self._armed.clear()
+
+
+class PlainCalls:
+    """While it is on, modules called with proxies get the plain values, and give a proxy back.
+
+    It is on only while the body of a trace has its turn, so that the model itself never pays for it.
+    """
+
+    def __init__(self, is_body: Callable[[], bool]) -> None:
+        self._is_body = is_body
+        self._unwrapped: list[torch.nn.Module] = []
+
+    def on(self) -> None:
+        torch_module._global_forward_pre_hooks[self] = self._before  # type: ignore[index]
+        torch_module._global_forward_hooks[self] = self._after  # type: ignore[index]
+
+    def off(self) -> None:
+        torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
+        torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
+        self._unwrapped.clear()
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+        if not self._is_body():
+            return None
+        # torch shows keyword arguments to global hooks nowhere else than in the frame that calls them.
+        kwargs = sys._getframe(1).f_locals.get("kwargs") or {}
+        found: list[Scope] = []
+        plain_args = unwrap(args, found)
+        for name, value in kwargs.items():
+            kwargs[name] = unwrap(value, found)
+        if not found:
+            return None
+        self._unwrapped.append(module)
+        self._scope = found[0]
+        return plain_args
+
+    def _after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not self._unwrapped or self._unwrapped[-1] is not module:
+            return None
+        self._unwrapped.pop()
+        return self._scope.wrap(output)
+
+
+@contextmanager
+def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
+    """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
+    handles: list[RemovableHandle] = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(lambda m, args: seen.append((m, "input"))))
+        handles.append(module.register_forward_hook(lambda m, args, output: seen.append((m, "output"))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,188 @@
+"""A language model: text comes in, is tokenised and padded on the left, and goes through the model as one batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nnsight_core.envoy import Names
+from nnsight_core.errors import (
+    EmptyPromptError,
+    InputError,
+    MissingInputError,
+    ModelNotFoundError,
+    PromptTooLongError,
+)
+from nnsight_core.model import NNsight
+from nnsight_core.tracer import Call
+
+#: A prompt as text, as token ids, or as a tensor of ids of shape (position) or (batch, position); or several prompts.
+Prompts = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]"
+
+
+class LanguageModel(NNsight):
+    """Wrap a causal language model together with its tokenizer.
+
+    >>> from nnsight_core import LanguageModel
+    >>> from nnterp.demo_models import demo_model_path
+    >>> model = LanguageModel(demo_model_path("demo-gpt2"))
+    >>> with model.trace("The Eiffel Tower is in the city of"):
+    ...     hidden = model.transformer.h[2].mlp.output.save()
+    ...     logits = model.lm_head.output[:, -1].save()
+    >>> model.tokenizer.decode(logits.argmax(-1))
+    ' Paris'
+
+    Args:
+        model: a folder, a name on the hub, or a model object.
+        tokenizer: the tokenizer; needed for text when ``model`` is an object.
+        aliases: extra names for modules, as for :class:`NNsight`.
+        kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: ``model`` names nothing that can be loaded.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        aliases: Mapping[str, Names] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, torch.nn.Module):
+            module = model
+        else:
+            module = load_model(model, **kwargs)
+            tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
+        super().__init__(module, aliases)
+        self.tokenizer = tokenizer
+
+    def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
+        if not inputs:
+            if not kwargs:
+                raise MissingInputError()
+            return Call(self._module, (), kwargs)
+        if len(inputs) > 1:
+            raise InputError(
+                f"trace() was given {len(inputs)} inputs by position. Give several prompts as one list:\n"
+                "    with model.trace([first_prompt, second_prompt]): ..."
+            )
+        given = inputs[0]
+        if isinstance(given, Mapping):
+            return self._batch_call({**given}, kwargs)
+        if isinstance(given, torch.Tensor):
+            ids = given if given.ndim > 1 else given[None]
+            if not ids.numel():
+                raise EmptyPromptError(0, len(ids))
+            return self._batch_call({"input_ids": ids}, kwargs)
+        rows = self._token_rows(given, options)
+        return self._batch_call(self._padded(rows), kwargs)
+
+    def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
+        device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
+        batch = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if ids is None:
+            return Call(self._module, (), {**batch, **kwargs})
+        padding = None
+        if mask is None or mask.ndim != 2 or bool(mask.all()):
+            self._check_lengths([ids.shape[-1]])
+        else:
+            self._check_lengths(mask.sum(-1).tolist())
+            padding = _left_padding(mask)
+            accepted = inspect.signature(self._module.forward).parameters
+            if "position_ids" in accepted and "position_ids" not in kwargs:
+                # Models that learn a vector for each position would otherwise count the padding.
+                batch.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+        return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
+
+    def _token_rows(self, given: Any, options: dict[str, Any]) -> list[list[int]]:
+        """Every prompt as a list of token ids."""
+        if isinstance(given, str):
+            return self._tokenised([given], options)
+        if isinstance(given, torch.Tensor):
+            return given.tolist() if given.ndim == 2 else [given.tolist()]  # type: ignore[no-any-return]
+        if not isinstance(given, Sequence):
+            raise InputError(
+                f"A prompt is text, token ids or a dict of tensors, not a {type(given).__name__}: {given!r:.80}"
+            )
+        if not given:
+            raise EmptyPromptError(0, 0)
+        if all(isinstance(each, str) for each in given):
+            return self._tokenised(list(given), options)
+        if all(isinstance(each, int) for each in given):
+            return [list(given)]
+        return [row for each in given for row in self._token_rows(each, options)]
+
+    def _tokenised(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
+        if self.tokenizer is None:
+            raise InputError(
+                "This model was wrapped without a tokenizer, so it cannot read text.\n"
+                "Give it one, LanguageModel(model, tokenizer=...), or give token ids instead of text."
+            )
+        return self.tokenizer(texts, **options)["input_ids"]  # type: ignore[return-value]
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        for index, row in enumerate(rows):
+            if not row:
+                raise EmptyPromptError(index, len(rows))
+        longest = max(len(row) for row in rows)
+        # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.
+        filler = getattr(self.tokenizer, "pad_token_id", None) or getattr(self.tokenizer, "eos_token_id", None) or 0
+        ids = torch.full((len(rows), longest), filler)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row) :] = torch.tensor(row)
+            mask[index, longest - len(row) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        limit = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
+        for index, length in enumerate(lengths):
+            if isinstance(limit, int) and 0 < limit < length:
+                raise PromptTooLongError(index, length, limit, type(self._module).__name__)
+
+
+def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:
+    """How many padded positions stand before the first token of each row of ``mask``, (batch, position)."""
+    return tuple(int(left) for left in (mask != 0).int().argmax(dim=-1))
+
+
+def _readable(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def load_model(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The causal language model in a folder or of a name on the hub, in evaluation mode.
+
+    Raises:
+        ModelNotFoundError: there is none, or it cannot be reached.
+    """
+    _check_folder(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(str(name), _readable(error)) from error
+
+
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a model, or None where there is none: token ids can then still be given."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_folder(name: str | Path) -> None:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelNotFoundError(str(name), "this folder has no config.json.")
+    if isinstance(name, Path) and not folder.exists():
+        raise ModelNotFoundError(str(name), "there is no such folder.")

@@ -1,0 +1,72 @@
+"""Where in the user's own code something happened: the nearest line that is not a library's."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from types import CodeType, FrameType
+
+# Frames of these packages are never the user's line: the engine itself, and what calls back into it.
+_LIBRARIES = {"nnsight_core", "torch", "einops", "contextlib"}
+_is_library: dict[str, bool] = {}
+
+
+def hide_package(name: str) -> None:
+    """Count frames of the package ``name`` as library code, so that errors point past them to the user's line."""
+    _LIBRARIES.add(name)
+    _is_library.clear()
+
+
+class Site:
+    """One place in source code; the line number is worked out only when an error wants to show it."""
+
+    __slots__ = ("_code", "_instruction")
+
+    def __init__(self, code: CodeType, instruction: int) -> None:
+        self._code = code
+        self._instruction = instruction
+
+    @property
+    def file(self) -> str:
+        """The file name as Python knows it; ``<stdin>`` and the like where there is no file."""
+        return self._code.co_filename
+
+    @property
+    def line(self) -> int:
+        """The line number, counted from 1."""
+        for start, end, line in self._code.co_lines():
+            if start <= self._instruction < end and line is not None:
+                return line
+        return self._code.co_firstlineno
+
+    @property
+    def short(self) -> str:
+        """``demo.py:14``: the file without its folders, and the line."""
+        return f"{self.file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{self.line}"
+
+    @property
+    def source(self) -> str:
+        """The text of the line, stripped; empty where the source is not at hand."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+def _is_library_frame(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__") or ""
+    found = name.partition(".")[0] in _LIBRARIES
+    # exec'd strings share one file name and may be anybody's, so only real files are remembered.
+    if not frame.f_code.co_filename.startswith("<"):
+        _is_library[frame.f_code.co_filename] = found
+    return found
+
+
+def user_site() -> Site:
+    """The innermost line of code on the stack that is not a library's."""
+    frame: FrameType | None = sys._getframe(1)
+    last = frame
+    while frame is not None:
+        known = _is_library.get(frame.f_code.co_filename)
+        if not (_is_library_frame(frame) if known is None else known):
+            return Site(frame.f_code, frame.f_lasti)
+        last, frame = frame, frame.f_back
+    assert last is not None
+    return Site(last.f_code, last.f_lasti)

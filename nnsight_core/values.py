@@ -1,0 +1,156 @@
+"""Pure functions on what modules hand on: tensors, tuples, dicts, dataclasses, nested in any way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Pair = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NoTensorError(TypeError):
+    """A value in which a tensor was looked for holds none."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(f"There is no tensor in this {type(value).__name__}: {value!r:.200}")
+
+
+def is_dataclass_value(value: Any) -> bool:
+    """Whether ``value`` is an instance of a dataclass (and not the class itself)."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, ...]:
+    """A tuple (or named tuple) like ``container`` with the entries at ``index`` replaced.
+
+    >>> with_item((1, 2, 3), 0, 9)
+    (9, 2, 3)
+    """
+    entries = list(container)
+    entries[index] = item
+    return type(container)(*entries) if hasattr(container, "_fields") else tuple(entries)
+
+
+def with_attribute(owner: Any, name: str, value: Any) -> Any:
+    """``owner`` with its attribute set: in place where that is allowed, else a changed copy (frozen dataclasses)."""
+    if is_dataclass_value(owner) and getattr(type(owner), "__dataclass_params__").frozen:  # noqa: B009 - not in typeshed
+        return dataclasses.replace(owner, **{name: value})
+    setattr(owner, name, value)
+    return owner
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """What ``value`` directly holds, as (key, entry); empty for anything that is not a container."""
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if is_dataclass_value(value):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return []
+
+
+def _path_to_first_tensor(value: Any) -> tuple[Any, ...] | None:
+    if isinstance(value, torch.Tensor):
+        return ()
+    for key, entry in _entries(value):
+        rest = _path_to_first_tensor(entry)
+        if rest is not None:
+            return (key, *rest)
+    return None
+
+
+def _get(container: Any, key: Any) -> Any:
+    return container[key] if isinstance(container, (tuple, list, Mapping)) else getattr(container, key)
+
+
+def _with(container: Any, key: Any, entry: Any) -> Any:
+    if isinstance(container, tuple):
+        return with_item(container, key, entry)
+    if isinstance(container, list):
+        return [entry if index == key else old for index, old in enumerate(container)]
+    if type(container) is dict:
+        return {**container, key: entry}
+    if isinstance(container, Mapping):
+        container[key] = entry  # type: ignore[index]  # ModelOutput and its kin: rebuilding would lose their class
+        return container
+    return with_attribute(container, key, entry)
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    """The first tensor that ``value`` holds, looked for depth first.
+
+    >>> first_tensor((torch.tensor([1.0]), None))
+    tensor([1.])
+
+    Raises:
+        NoTensorError: there is none.
+    """
+    path = _path_to_first_tensor(value)
+    if path is None:
+        raise NoTensorError(value)
+    for key in path:
+        value = _get(value, key)
+    return value  # type: ignore[no-any-return]
+
+
+def with_first_tensor(value: Any, tensor: Any) -> Any:
+    """``value`` with its first tensor replaced by ``tensor``: the writing half of :func:`first_tensor`.
+
+    Putting back what was got changes nothing, and what was put is what is got.
+
+    >>> with_first_tensor((torch.tensor([1.0]), "cache"), torch.tensor([2.0]))
+    (tensor([2.]), 'cache')
+    """
+    path = _path_to_first_tensor(value)
+    if path is None:
+        raise NoTensorError(value)
+    owners = []
+    for key in path:
+        owners.append((value, key))
+        value = _get(value, key)
+    for owner, key in reversed(owners):
+        tensor = _with(owner, key, tensor)
+    return tensor
+
+
+def first_argument(pair: Pair) -> Any:
+    """The first argument of a call given as ``(args, kwargs)``: by position if there is one, else the first by name."""
+    args, kwargs = pair
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise IndexError("This call has no arguments at all, so it has no first one.")
+
+
+def with_first_argument(pair: Pair, value: Any) -> Pair:
+    """The call ``pair`` with its first argument replaced by ``value``."""
+    args, kwargs = pair
+    if args:
+        return (value, *args[1:]), kwargs
+    if kwargs:
+        return args, {**kwargs, next(iter(kwargs)): value}
+    return (value,), kwargs
+
+
+def is_pair(value: Any) -> bool:
+    """Whether ``value`` has the shape of a call: a tuple of arguments and a dict of keyword arguments."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to every tensor inside tuples, lists and dicts; all else is kept."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        entries = [map_tensors(function, entry) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+    if isinstance(value, list):
+        return [map_tensors(function, entry) for entry in value]
+    if type(value) is dict:
+        return {key: map_tensors(function, entry) for key, entry in value.items()}
+    return value
