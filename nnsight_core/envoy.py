@@ -11,7 +11,7 @@ import torch
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
 from nnsight_core.events import Event, Origin
-from nnsight_core.proxy import InputProxy, Proxy, apply, unwrap
+from nnsight_core.proxy import InputProxy, Proxy, Scope, apply, unwrap
 from nnsight_core.sites import user_site
 from nnsight_core.values import is_pair, with_first_argument
 
@@ -194,6 +194,14 @@ class Envoy:
         if trace is None:
             raise NoTraceError(asked, user_site())
         return trace
+
+    def open_scope(self, asked: str) -> Scope:
+        """What is known of the open trace's input; ``asked`` is what errors are to call the thing that needs it.
+
+        Raises:
+            NoTraceError: no trace of the model is open here.
+        """
+        return self._trace(asked).scope
 
     def _ask(self, kind: str, label: str | None) -> tuple[OpenTrace, Event]:
         label = label or f"{self._path or 'model'}.{kind}"

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.proxy import Scope, unwrap
+from nnsight_core.values import map_tensors
 
 #: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
 Deliver = Callable[[torch.nn.Module, str, Any], "tuple[Any] | None"]
@@ -90,10 +91,12 @@ class PlainCalls:
         self._unwrapped: list[torch.nn.Module] = []
 
     def on(self) -> None:
+        """The body has its turn."""
         torch_module._global_forward_pre_hooks[self] = self._before  # type: ignore[index]
         torch_module._global_forward_hooks[self] = self._after  # type: ignore[index]
 
     def off(self) -> None:
+        """The model has its turn."""
         torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
         self._unwrapped.clear()
@@ -123,11 +126,35 @@ class PlainCalls:
 @contextmanager
 def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
     """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
+    with _observing(modules, lambda module, kind, value: seen.append((module, kind))):
+        yield
+
+
+@contextmanager
+def collecting(modules: Iterable[torch.nn.Module], kept: dict[tuple[torch.nn.Module, str], Any]) -> Iterator[None]:
+    """While it lasts, copies of what ``modules`` take and give in their first call go into ``kept``."""
+
+    def keep(module: torch.nn.Module, kind: str, value: Any) -> None:
+        if (module, kind) not in kept:
+            kept[module, kind] = map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+    with _observing(modules, keep):
+        yield
+
+
+@contextmanager
+def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        note(module, "input", (args, kwargs))
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        note(module, "output", output)
+
     handles: list[RemovableHandle] = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(lambda m, args: seen.append((m, "input"))))
-        handles.append(module.register_forward_hook(lambda m, args, output: seen.append((m, "output"))))
     try:
+        for module in dict.fromkeys(modules):
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
         yield
     finally:
         for handle in handles:

@@ -96,6 +96,11 @@ class LanguageModel(NNsight):
             self._check_lengths([ids.shape[-1]])
         else:
             self._check_lengths(mask.sum(-1).tolist())
+            if not bool(mask[:, -1].all()):
+                raise InputError(
+                    "This batch is padded on the right, where the last position of a short prompt is no token of it.\n"
+                    "Pad on the left (tokenizer.padding_side = 'left'), or give the prompts as text."
+                )
             padding = _left_padding(mask)
             accepted = inspect.signature(self._module.forward).parameters
             if "position_ids" in accepted and "position_ids" not in kwargs:
@@ -108,7 +113,8 @@ class LanguageModel(NNsight):
         if isinstance(given, str):
             return self._tokenised([given], options)
         if isinstance(given, torch.Tensor):
-            return given.tolist() if given.ndim == 2 else [given.tolist()]  # type: ignore[no-any-return]
+            rows: list[list[int]] = given.tolist() if given.ndim == 2 else [given.tolist()]
+            return rows
         if not isinstance(given, Sequence):
             raise InputError(
                 f"A prompt is text, token ids or a dict of tensors, not a {type(given).__name__}: {given!r:.80}"
@@ -127,7 +133,8 @@ class LanguageModel(NNsight):
                 "This model was wrapped without a tokenizer, so it cannot read text.\n"
                 "Give it one, LanguageModel(model, tokenizer=...), or give token ids instead of text."
             )
-        return self.tokenizer(texts, **options)["input_ids"]  # type: ignore[return-value]
+        rows: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
+        return rows
 
     def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         for index, row in enumerate(rows):
@@ -159,30 +166,32 @@ def _readable(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def load_model(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_model(name: str | Path, known: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
     """The causal language model in a folder or of a name on the hub, in evaluation mode.
+
+    ``known`` are names to suggest when there is none; all other arguments go to ``from_pretrained``.
 
     Raises:
         ModelNotFoundError: there is none, or it cannot be reached.
     """
-    _check_folder(name)
+    _check_folder(name, known)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(str(name), _readable(error)) from error
+        raise ModelNotFoundError(str(name), _readable(error), known) from error
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer that belongs to a model, or None where there is none: token ids can then still be given."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _check_folder(name: str | Path) -> None:
+def _check_folder(name: str | Path, known: Sequence[str]) -> None:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelNotFoundError(str(name), "this folder has no config.json.")
+        raise ModelNotFoundError(str(name), "this folder has no config.json.", known)
     if isinstance(name, Path) and not folder.exists():
-        raise ModelNotFoundError(str(name), "there is no such folder.")
+        raise ModelNotFoundError(str(name), "there is no such folder.", known)

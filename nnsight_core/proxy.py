@@ -8,7 +8,7 @@ trace ends, a proxy that was saved becomes as good as its plain value, and one t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from nnsight_core.errors import ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
+from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import Site, user_site
 from nnsight_core.token_index import TokenIndex
 from nnsight_core.values import first_argument, with_attribute, with_first_argument, with_item
@@ -23,46 +24,18 @@ from nnsight_core.values import first_argument, with_attribute, with_first_argum
 _RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 _set = object.__setattr__
 
-#: Results that are handed out as they are: descriptions of a value rather than values of the model.
-_PLAIN = (type(None), bool, str, bytes, torch.Size, torch.dtype, torch.device, torch.layout, type(NotImplemented))
-
-
-class _Saveable:
-    """Plain Python numbers and lists that come out of a trace still answer to ``.save()`` and ``.value``."""
-
-    def save(self) -> Any:
-        return self
-
-    @property
-    def value(self) -> Any:
-        return self
-
-
-class SaveableInt(_Saveable, int):
-    """An ``int`` that a script may call ``.save()`` on."""
-
-
-class SaveableFloat(_Saveable, float):
-    """A ``float`` that a script may call ``.save()`` on."""
-
-
-class SaveableList(_Saveable, list):  # type: ignore[type-arg]
-    """A ``list`` that a script may call ``.save()`` on."""
-
-
-_SAVEABLE: dict[type, type] = {int: SaveableInt, float: SaveableFloat}
-
 
 class Scope:
     """The life of the values of one trace: all its proxies are made here and let go here."""
 
-    __slots__ = ("_limit", "_made", "open", "padding", "prompt_length")
+    __slots__ = ("_limit", "_made", "inputs", "open", "padding", "prompt_length")
 
     def __init__(self) -> None:
         self.open = True
         self._made: list[weakref.ref[Proxy]] = []
         self._limit = 4096
-        #: How many padding tokens stand left of each prompt, and how long the padded prompts are.
+        #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
+        self.inputs: Mapping[str, Any] = {}
         self.padding: Sequence[int] | None = None
         self.prompt_length = 0
 
@@ -82,11 +55,10 @@ class Scope:
 
     def wrap(self, value: Any, origin: Origin | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
-        if isinstance(value, (Proxy, *_PLAIN)) or callable(value):
+        if isinstance(value, Proxy) or callable(value):
             return value
-        if type(value) in _SAVEABLE:
-            return _SAVEABLE[type(value)](value)
-        return self.proxy(value, origin)
+        as_plain = as_plain_result(value)
+        return self.proxy(value, origin) if as_plain is NotImplemented else as_plain
 
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""
@@ -196,9 +168,9 @@ class Proxy(Operators):
         origin = self._origin
         return self._scope.wrap(value, Origin(origin.event, write, copied or origin.copied) if origin else None)
 
-    def _lens(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
-        """The part of the value that ``get`` finds; written back by ``put(value, part)``."""
-        return self._part(get(self._plain()), lambda part: self._replace(put(self._plain(), part)))
+    def lens(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        """The part of the value that ``get`` finds, as a proxy; ``put(value, part)`` is how it is written."""
+        return self._part(get(self._get()), lambda part: self._replace_whole(put(self._get(), part)))
 
     def _check_writable(self) -> None:
         if self._scope.open and self._origin is not None:
@@ -208,12 +180,22 @@ class Proxy(Operators):
         if self._scope.open and self._origin is not None and self._origin.copied:
             self._origin.write(self._plain())
 
-    def _replace(self, value: Any) -> None:
+    def _replace_whole(self, value: Any) -> None:
         """Put ``value`` in the place of this proxy's, in the model as well."""
         self._check_writable()
         _set(self, "_value", value)
         if self._origin is not None:
             self._origin.write(value)
+
+    _replace = _replace_whole
+
+    def replace(self, value: Any) -> None:
+        """Let the model go on with ``value`` in the place of this one.
+
+        Raises:
+            OutOfOrderError: the forward pass has gone by it.
+        """
+        self._replace(unwrap(value))
 
     # Reading and writing parts.
 
@@ -347,20 +329,17 @@ class InputProxy(Proxy):
         return first_argument(self._get())
 
     def _replace(self, value: Any) -> None:
-        self._replace_pair(with_first_argument(self._get(), value))
-
-    def _replace_pair(self, pair: Any) -> None:
-        Proxy._replace(self, pair)
+        self._replace_whole(with_first_argument(self._get(), value))
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int):
             pair = self._get()
-            return self._part(pair[key], lambda part: self._replace_pair(with_item(self._get(), key, part)))
+            return self._part(pair[key], lambda part: self._replace_whole(with_item(self._get(), key, part)))
         return Proxy.__getitem__(self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, int):
-            self._replace_pair(with_item(self._get(), key, unwrap(value)))
+            self._replace_whole(with_item(self._get(), key, unwrap(value)))
         else:
             Proxy.__setitem__(self, key, value)
 

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnsight_core.current import OpenTrace, closed, opened
+from nnsight_core.envoy import Envoy
 from nnsight_core.interleaver import Interleaver, OrderWitness
 from nnsight_core.order import observed_order
 from nnsight_core.proxy import Scope, save
-
-if TYPE_CHECKING:
-    from nnsight_core.model import NNsight
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ class Tracer:
     It does nothing until the block is entered, and every way out of the block leaves the model as it was.
 
     Args:
-        model: the model that is traced.
+        model: the root of the model that is traced.
         prepare: turns what the user gave into the call to make; runs when the block is entered.
     """
 
-    def __init__(self, model: NNsight, prepare: Callable[[], Call]) -> None:
+    def __init__(self, model: Envoy, prepare: Callable[[], Call]) -> None:
         self._model = model
         self._prepare = prepare
         self._thread = 0
@@ -59,6 +57,7 @@ class Tracer:
             raise RuntimeError("This trace is open already. Call .trace(...) again for another one.")
         call = self._prepare()
         scope = Scope()
+        scope.inputs = call.kwargs
         scope.padding, scope.prompt_length = call.padding, call.prompt_length
         root = self._model._tree.root
         run = partial(call.function, *call.args, **call.kwargs)

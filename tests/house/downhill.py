@@ -1,0 +1,109 @@
+"""The order of the house: a file imports only what stands further down, also inside functions and for types alone.
+
+A new file gets its line here. A line with a star serves several files, which then may not import one another;
+a file with a line of its own does not count among them.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tests.house.rules import PACKAGES, imported_modules, sources
+
+ORDER = (
+    "nnterp/__main__.py",
+    "nnterp/command_line.py",
+    "nnterp/__init__.py",
+    "nnterp/lens_page.py",
+    "nnterp/lens_table.py",
+    "nnterp/interventions/__init__.py",
+    "nnterp/interventions/*.py",
+    "nnterp/prompt_utils.py",
+    "nnterp/display.py",
+    "nnterp/nnsight_utils.py",
+    "nnterp/standardized_transformer.py",
+    "nnterp/validation.py",
+    "nnterp/attention.py",
+    "nnterp/residual_stream.py",
+    "nnterp/vocabulary.py",
+    "nnterp/accessors.py",
+    "nnterp/rename.py",
+    "nnterp/dimensions.py",
+    "nnterp/rename_plan.py",
+    "nnterp/architectures.py",
+    "nnterp/spec.py",
+    "nnterp/conditions.py",
+    "nnterp/spec_reader.py",
+    "nnterp/errors.py",
+    "nnterp/frozen.py",
+    "nnterp/demo_models/train.py",
+    "nnterp/demo_models/card.py",
+    "nnterp/demo_models/evaluate.py",
+    "nnterp/demo_models/corpus.py",
+    "nnterp/demo_models/__init__.py",
+    "nnsight_core/__init__.py",
+    "nnsight_core/language_model.py",
+    "nnsight_core/model.py",
+    "nnsight_core/tracer.py",
+    "nnsight_core/envoy.py",
+    "nnsight_core/cache.py",
+    "nnsight_core/gradients.py",
+    "nnsight_core/batching.py",
+    "nnsight_core/operations.py",
+    "nnsight_core/current.py",
+    "nnsight_core/interleaver.py",
+    "nnsight_core/tape.py",
+    "nnsight_core/order.py",
+    "nnsight_core/thread_state.py",
+    "nnsight_core/hooks.py",
+    "nnsight_core/proxy.py",
+    "nnsight_core/saveable.py",
+    "nnsight_core/token_index.py",
+    "nnsight_core/operators.py",
+    "nnsight_core/events.py",
+    "nnsight_core/values.py",
+    "nnsight_core/errors.py",
+    "nnsight_core/sites.py",
+)
+
+
+def imports_flow_downhill(root: Path, order: tuple[str, ...] = ORDER) -> list[str]:
+    """Every import of a house file by a house file goes to a later line of the order."""
+    files = dict(sources(root))
+    complaints = [
+        f"{name}:1: has no place in the order; give it a line in ORDER (tests/house/downhill.py)"
+        for name in files
+        if _place(name, order) is None
+    ]
+    for name, tree in files.items():
+        here = _place(name, order)
+        for line, imported in imported_modules(tree, name):
+            target = _house_file(imported, set(files))
+            there = None if target is None else _place(target, order)
+            if here is None or there is None or target == name:
+                continue
+            if there == here:
+                complaints.append(f"{name}:{line}: imports {target}, which stands on the same line of the order")
+            elif there < here:
+                complaints.append(f"{name}:{line}: imports {target}, which stands higher in the order")
+    return list(dict.fromkeys(complaints))
+
+
+def _place(name: str, order: tuple[str, ...]) -> int | None:
+    if name in order:
+        return order.index(name)
+    return next((place for place, pattern in enumerate(order) if fnmatchcase(name, pattern)), None)
+
+
+def _house_file(imported: str, files: set[str]) -> str | None:
+    """The file that an import reaches: `nnterp.spec.ArchitectureSpec` is nnterp/spec.py, `nnterp.Thing` its face."""
+    parts = imported.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    for length in range(len(parts), 0, -1):
+        stem = "/".join(parts[:length])
+        for candidate in (f"{stem}.py", f"{stem}/__init__.py"):
+            if candidate in files:
+                return candidate
+    return f"{parts[0]}/__init__.py"
