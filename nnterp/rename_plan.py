@@ -1,0 +1,143 @@
+"""What goes into renaming and what comes out of it: `RenameConfig`, the user's word, and `RenamePlan`, the result.
+
+made.resolve("model.layers.3.self_attn")     # 'transformer.h.3.attn'
+made.names_of("transformer.h.3")             # ('transformer.h.3', 'layers.3', 'model.h.3', ...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nnterp.errors import UnknownNameError, nearest
+
+__all__ = ["as_list", "join", "LayerPlan", "RenameConfig", "RenamePlan"]
+
+
+def join(parent: str, name: str) -> str:
+    """The path of what is called `name` below `parent`; the root's path is empty."""
+    return f"{parent}.{name}" if parent else name
+
+
+def as_list(names: str | list[str] | None) -> list[str]:
+    """None, one or several names as a list."""
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+@dataclasses.dataclass
+class RenameConfig:
+    """What the user's model calls its parts; wins over the specification.
+
+        RenameConfig(layers_name="blocks", attn_name="mixer", attn_head_config_key="n_heads")
+
+    A name is the last component of a module's path ("blocks") or a dotted path ("decoder.blocks"), with or without a
+    leading "model."; the names of layer parts are looked for inside each layer. In a list of names the first that the
+    model has wins. The `..._config_key`s are keys of the config, or the number itself. `ignore_attn` and `ignore_mlp`
+    say that the model has no such part. `attn_prob_source` is kept for those who read it.
+    """
+
+    attn_name: str | list[str] | None = None
+    mlp_name: str | list[str] | None = None
+    ln_final_name: str | list[str] | None = None
+    lm_head_name: str | list[str] | None = None
+    model_name: str | list[str] | None = None
+    layers_name: str | list[str] | None = None
+    attn_prob_source: Any = None
+    ignore_mlp: bool | None = None
+    ignore_attn: bool | None = None
+    attn_head_config_key: str | list[str] | int | None = None
+    hidden_size_config_key: str | list[str] | int | None = None
+    vocab_size_config_key: str | list[str] | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Full paths of one layer's parts; None where the layer has no such part."""
+
+    path: str
+    attention: str | None
+    mlp: str | None
+    mlp_input: str | None
+    mlp_output: str | None
+    attention_contribution: str | None
+    mlp_contribution: str | None
+    attention_sum_norm: str | None = None
+    mlp_sum_norm: str | None = None
+    #: Modules that see (batch * position, hidden) where the others see (batch, position, hidden).
+    flattened: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RenamePlan:
+    """Which module plays which part of a model, and by which names it can be asked for. Made by `plan`."""
+
+    #: For each parent path ('' is the root) the extra names of what is below it, with full paths.
+    aliases: Mapping[str, Mapping[str, str]]
+    #: The roles of the specification, and 'model', the base model.
+    modules: Mapping[str, str | None]
+    layers: tuple[LayerPlan, ...]
+    #: Full paths of the modules that turn tokens into vectors, and the last layer's output into logits.
+    embed: tuple[str, ...]
+    unembed: tuple[str, ...]
+    #: Who said so: 'modules.layers' -> 'architectures/gpt2.yaml:6' or "RenameConfig(layers_name='h')".
+    origins: Mapping[str, str]
+    #: Real children that an alias of the user's hides from attribute access, by full path.
+    shadowed: tuple[str, ...]
+    paths: frozenset[str] = dataclasses.field(repr=False)
+
+    def resolve(self, name: str) -> str:
+        """The model's own path for any of a module's names.
+
+            made.resolve("layers.0") == made.resolve("model.layers.0") == "transformer.h.0"
+
+        A path of the model's own always means itself. Raises `UnknownNameError`, with the nearest names, where no
+        module answers to the name.
+        """
+        name = name.removeprefix(".")
+        if name in self.paths or not name:
+            return name
+        path, parts = "", name.split(".")
+        for index, part in enumerate(parts):
+            below = self.aliases.get(path, {}).get(part, join(path, part))
+            if below not in self.paths:
+                raise self._unknown(name, path, parts[:index], part)
+            path = below
+        return path
+
+    def names_of(self, path: str) -> tuple[str, ...]:
+        """Every name that `resolve` takes for a module; its own path comes first, then the shorter before the longer.
+
+        made.names_of("transformer.h.0")   # ('transformer.h.0', 'layers.0', 'model.h.0', 'model.layers.0', ...)
+        """
+        path = self.resolve(path)
+        others = sorted({*self._spellings(path)} - {path}, key=lambda name: (len(name), name))
+        return (path, *others)
+
+    def _spellings(self, path: str) -> Iterator[str]:
+        if not path:
+            yield ""
+            return
+        parent, _, child = path.rpartition(".")
+        if child not in self.aliases.get(parent, {}):
+            yield from (join(name, child) for name in self._spellings(parent))
+        for holder, names in self.aliases.items():
+            for alias, target in names.items():
+                # A real path means itself, so an alias that hides a real child is a name only beneath other aliases.
+                if target == path:
+                    yield from (
+                        spelled
+                        for name in self._spellings(holder)
+                        if (spelled := join(name, alias)) not in self.paths or spelled == path
+                    )
+
+    def _unknown(self, name: str, path: str, known: list[str], part: str) -> UnknownNameError:
+        children = {p[len(path) + 1 if path else 0 :] for p in self.paths if p and p.rpartition(".")[0] == path}
+        children |= set(self.aliases.get(path, {}))
+        near = nearest(part, children) or tuple(sorted(children, key=lambda child: (len(child), child)))
+        return UnknownNameError(
+            name,
+            f"no module answers to '{name}': '{path or 'the root'}' has no '{part}'.",
+            [".".join([*known, child]) for child in near],
+            f"'{path or 'the root'}' has {len(children)} names directly below it.",
+        )

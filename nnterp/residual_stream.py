@@ -1,0 +1,138 @@
+"""Changing the residual stream: steering, and skipping layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnsight_core.proxy import unwrap
+from nnterp.errors import PositionError, SteeringVectorError
+
+if TYPE_CHECKING:
+    from nnsight_core.proxy import Scope
+    from nnterp.accessors import ValueAccess
+
+Indices = "int | Sequence[int] | torch.Tensor | None"
+
+
+class ResidualStream:
+    """What a :class:`~nnterp.StandardizedTransformer` does to the residual stream inside a trace."""
+
+    layers_input: ValueAccess
+    layers_output: ValueAccess
+    hidden_size: int
+
+    def steer(
+        self,
+        layers: int | Sequence[int],
+        steering_vector: Any,
+        factor: float = 1,
+        positions: int | Sequence[int] | torch.Tensor | None = None,
+        token_positions: int | Sequence[int] | torch.Tensor | None = None,
+        batch_index: int | Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Add ``factor * steering_vector`` to the output of one or more layers (Turner et al. 2023, "Activation
+        Addition").
+
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> with model.trace("The Eiffel Tower is in the city of"):
+        ...     model.steer(layers=[1, 3], steering_vector=torch.ones(model.hidden_size), factor=0.5)
+        ...     logits = model.logits.save()
+
+        Args:
+            layers: the layers after which to add; they are steered in forward order, whatever the order given.
+            steering_vector: of shape (hidden), or (batch, position, hidden) for the chosen rows and positions, where
+                1 stands for all.
+            factor: how much of it.
+            positions: which positions of the padded batch, all of them if None; -1 is the last.
+            token_positions: instead of ``positions``, counted by the tokens of one's own prompt, whatever the padding.
+            batch_index: which prompts of the batch, all of them if None.
+
+        Raises:
+            SteeringVectorError: the vector does not fit the model.
+            PositionError: a position or a row is not there.
+            LayerIndexError: the model has no such layer.
+        """
+        vector = unwrap(steering_vector)
+        # Of two axes, the first might be meant for prompts or for positions: that is for the user to say.
+        fits = isinstance(vector, torch.Tensor) and vector.ndim in (1, 3) and vector.shape[-1] == self.hidden_size
+        if not fits:
+            raise SteeringVectorError(vector, (self.hidden_size,))
+        if positions is not None and token_positions is not None:
+            raise PositionError("steer() takes positions or token_positions, not both: they count differently.")
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        for layer in sorted({self.layers_output.position(each) for each in wanted}):
+            hidden = self.layers_output[layer]
+            scope = hidden._scope
+            new = hidden.value.clone()
+            rows, columns = _chosen(new, scope, positions, token_positions, batch_index)
+            part = new[rows, columns]
+            added = (factor * vector).to(device=new.device, dtype=new.dtype)
+            try:
+                added = added.expand(part.shape)
+            except RuntimeError:
+                raise SteeringVectorError(vector, tuple(part.shape)) from None
+            new[rows, columns] = part + added
+            self.layers_output[layer] = new
+
+    def skip_layer(self, layer: int, skip_with: Any = None) -> None:
+        """Let layer ``layer`` change nothing: its output is its own input, or ``skip_with``, (batch, position, hidden).
+
+        See :meth:`skip_layers`.
+        """
+        self.skip_layers(layer, layer, skip_with)
+
+    def skip_layers(self, start_layer: int, end_layer: int, skip_with: Any = None) -> None:
+        """Let the layers from ``start_layer`` to ``end_layer``, both included, change nothing.
+
+        The output of each is what came into the first of them, or ``skip_with`` of shape (batch, position, hidden). The
+        layers' own computation still runs, so that a key-value cache stays whole; nothing of it reaches the stream.
+
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> with model.trace("The Eiffel Tower is in the city of"):
+        ...     model.skip_layers(1, 2)
+        ...     logits = model.logits.save()
+
+        Raises:
+            LayerIndexError: the model has no such layer.
+            ShapeError: ``skip_with`` has another shape than the residual stream.
+        """
+        start, end = self.layers_output.position(start_layer), self.layers_output.position(end_layer)
+        if end < start:
+            raise ValueError(f"skip_layers({start_layer}, {end_layer}) ends before it begins; both ends are included.")
+        stream = unwrap(self.layers_input[start] if skip_with is None else skip_with)
+        for layer in range(start, end + 1):
+            # A copy for each, so that changing one of these outputs in place leaves the others alone.
+            self.layers_output[layer] = stream.clone() if isinstance(stream, torch.Tensor) else stream
+
+
+def _indices(given: Any, length: int, what: str, device: torch.device) -> torch.Tensor:
+    """Indices from 0 as a tensor of shape (n); negative ones count from the end."""
+    if given is None:
+        return torch.arange(length, device=device)
+    found = torch.atleast_1d(torch.as_tensor(unwrap(given), device=device))
+    if found.dtype == torch.bool:
+        found = found.nonzero()[:, 0]
+    outside = found[(found < -length) | (found >= length)]
+    if len(outside):
+        raise PositionError(f"{what} {int(outside[0])} is not there: there are {length}, counted from 0.")
+    inside: torch.Tensor = found % length
+    return inside
+
+
+def _chosen(
+    hidden: torch.Tensor, scope: Scope, positions: Any, token_positions: Any, batch_index: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows and columns to change, so that ``hidden[rows, columns]`` is (batch, position, hidden)."""
+    batch, length, _ = hidden.shape
+    rows = _indices(batch_index, batch, "Prompt", hidden.device)
+    if token_positions is None:
+        return rows[:, None], _indices(positions, length, "Position", hidden.device)[None, :]
+    padding = scope.padding if scope.padding and length >= scope.prompt_length else [0] * batch
+    columns = [
+        padding[row] + _indices(token_positions, length - padding[row], f"In prompt {row}, token", hidden.device)
+        for row in rows.tolist()
+    ]
+    return rows[:, None], torch.stack(columns)

@@ -1,0 +1,176 @@
+"""One interface over every causal language model: the same names, whatever the family calls its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer
+from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
+from nnterp.architectures import spec_for, spec_from_file
+from nnterp.demo_models import DEMO_MODELS, demo_model_path
+from nnterp.rename import RenameConfig, dimensions, plan
+from nnterp.residual_stream import ResidualStream
+from nnterp.validation import validate
+from nnterp.vocabulary import Vocabulary
+
+
+class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
+    """Any causal language model under standard names.
+
+    >>> from nnterp import StandardizedTransformer
+    >>> model = StandardizedTransformer("demo-llama")
+    >>> with model.trace("The Eiffel Tower is in the city of"):
+    ...     attention = model.attentions_output[2]          # forward order
+    ...     model.layers_output[3] += 0.1 * attention       # read, compute, set
+    ...     probabilities = model.next_token_probs.save()   # (batch, vocab)
+    >>> probabilities.shape == (1, model.vocab_size)
+    True
+
+    Modules: ``embed_tokens``, ``layers[i]``, ``layers[i].self_attn``, ``layers[i].mlp``, ``ln_final``, ``lm_head``.
+    Values, read and set, of shape (batch, position, hidden) unless said: ``token_embeddings``,
+    ``layers_input[i]``, ``layers_output[i]``, ``attentions_input[i]``, ``attentions_output[i]``, ``mlps_input[i]``,
+    ``mlps_output[i]``, ``logits`` (batch, position, vocab).
+    Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
+
+    Args:
+        model: a folder, a name on the hub, the name of a model that comes with the package (``demo-gpt2``,
+            ``demo-llama``), or a model object.
+        trust_remote_code: let a checkpoint bring its own code, as in transformers.
+        check_renaming: check the names by numbers, with one small forward pass.
+        rename_config: which modules play which part, where the specification does not fit the model.
+        rename: extra names for modules, ``{"transformer.h": "blocks"}``.
+        spec: a specification of one's own, as a path to a YAML file.
+        tokenizer: the tokenizer; needed for text when ``model`` is an object.
+        enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
+        kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: ``model`` names nothing that can be loaded.
+        UnknownArchitectureError: no specification serves the model's type.
+        RenamingError: a name or path does not fit the model.
+        ValidationError: the specification's promises do not hold on this model.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    attentions: ModuleAccess
+    mlps: ModuleAccess
+    layers_input: ValueAccess
+    layers_output: ValueAccess
+    attentions_input: ValueAccess
+    attentions_output: ValueAccess
+    mlps_input: ValueAccess
+    mlps_output: ValueAccess
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        trust_remote_code: bool = False,
+        check_renaming: bool = True,
+        *,
+        rename_config: RenameConfig | None = None,
+        rename: Mapping[str, str | list[str]] | None = None,
+        spec: str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        enable_attention_probs: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, torch.nn.Module):
+            module = model
+        else:
+            module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+        config: Any = module.config
+        family = spec_from_file(spec) if spec else spec_for(config.model_type)
+        self._spec = family.for_config(config)
+        sizes = dimensions(self._spec, config, rename_config)
+        names = [name for name, _ in module.named_modules()]
+        self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
+        super().__init__(module, tokenizer, self._plan.aliases)
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
+            setattr(self, name, getattr(sizes, name))
+        self._logits_place = Place("", "output", "logits", logits_of, with_logits)
+        self._embeddings_place = Place(self._plan.embed[-1], "output", "token_embeddings")
+        self._add_accessors()
+        if check_renaming and not any(each.is_meta for each in module.parameters()):
+            validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
+
+    def _add_accessors(self) -> None:
+        layers = self._plan.layers
+
+        def values(name: str, kind: str, paths: Sequence[str | None], why_not: str) -> ValueAccess:
+            places = [
+                Place(path, kind, f"{name}_{kind}[{index}]") if path else None for index, path in enumerate(paths)
+            ]
+            return ValueAccess(self, f"{name}_{kind}", tuple(places), why_not)
+
+        for name, role, starts, ends in (
+            ("layers", "layers", [each.path for each in layers], [each.path for each in layers]),
+            ("attentions", "attention", [each.attention for each in layers], [each.attention for each in layers]),
+            ("mlps", "mlp", [each.mlp_input for each in layers], [each.mlp_output for each in layers]),
+        ):
+            why_not = str(self._spec.absent.get(role, f"{self._spec.source} names none."))
+            setattr(self, f"{name}_input", values(name, "input", starts, why_not))
+            setattr(self, f"{name}_output", values(name, "output", ends, why_not))
+            if name != "layers":
+                modules = tuple(getattr(each, role) for each in layers)
+                setattr(self, name, ModuleAccess(self, name, modules, why_not))
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """The token ids of the open trace, (batch, position), padding included."""
+        ids: torch.Tensor = self.open_scope("input_ids").inputs["input_ids"]
+        return ids
+
+    @property
+    def input_size(self) -> torch.Size:
+        """The shape of :attr:`input_ids`: (batch, position)."""
+        return self.input_ids.shape
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """1 for the tokens of the open trace and 0 for padding, (batch, position)."""
+        mask = self.open_scope("attention_mask").inputs.get("attention_mask")
+        return torch.ones_like(self.input_ids) if mask is None else mask
+
+    @property
+    def token_embeddings(self) -> Any:
+        """What the embedding gives for each token, before anything is added: (batch, position, hidden)."""
+        return read(self, self._embeddings_place)
+
+    @token_embeddings.setter
+    def token_embeddings(self, value: Any) -> None:
+        write(self, self._embeddings_place, value)
+
+    @property
+    def logits(self) -> Any:
+        """The model's logits, scaled and capped as the model does it: (batch, position, vocab)."""
+        return read(self, self._logits_place)
+
+    @logits.setter
+    def logits(self, value: Any) -> None:
+        write(self, self._logits_place, value)
+
+    @property
+    def next_token_probs(self) -> Any:
+        """The probabilities of the token after each prompt: (batch, vocab), each row sums to 1."""
+        return self.logits[:, -1].softmax(-1)
+
+
+def _load(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool, **kwargs: Any
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase | None]:
+    # A folder of one's own wins over a model that comes along under the same name.
+    place: str | Path = name
+    if isinstance(name, str) and not Path(name).is_dir():
+        place = demo_model_path(name) or name
+    module = load_model(place, DEMO_MODELS, trust_remote_code=trust_remote_code, **kwargs)
+    return module, tokenizer or load_tokenizer(place, trust_remote_code=trust_remote_code)

@@ -1,0 +1,100 @@
+"""From the residual stream to tokens: the model's own way from the last layer's output to its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnsight_core.proxy import apply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nnterp.rename_plan import RenamePlan
+    from nnterp.spec import ArchitectureSpec
+
+
+class Vocabulary:
+    """The vocabulary tools of a :class:`~nnterp.StandardizedTransformer`."""
+
+    _plan: RenamePlan
+    _spec: ArchitectureSpec
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def project_on_vocab(self, hidden_state: Any) -> Any:
+        """The logits that a hidden state would give if it were the last layer's output.
+
+        Applies the final norm, the unembedding and whatever the family does to the logits after that (soft-capping).
+        On the last layer's output it gives the model's own logits. Works on plain tensors and inside a trace. This is
+        the logit lens (nostalgebraist, 2020, "interpreting GPT: the logit lens").
+
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> with model.trace("The Eiffel Tower is in the city of"):
+        ...     logits = model.project_on_vocab(model.layers_output[2]).save()
+        >>> logits.shape[-1] == model.vocab_size
+        True
+
+        Args:
+            hidden_state: of shape (..., hidden).
+
+        Returns:
+            logits of shape (..., vocab).
+        """
+        for path in self._plan.unembed:
+            hidden_state = self.get(path)(hidden_state)  # type: ignore[attr-defined]
+        return apply(self._soft_capped, hidden_state)
+
+    def _soft_capped(self, logits: torch.Tensor) -> torch.Tensor:
+        key = self._spec.logits.softcap
+        cap = getattr(self.config, key) if key else None  # type: ignore[attr-defined]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
+        """Token texts and their probabilities, in the given order.
+
+        Args:
+            tokens: ids, of shape (k).
+            probs: their probabilities, of shape (k).
+        """
+        found: dict[str, float] = {}
+        for token, prob in zip(tokens.tolist(), probs.tolist(), strict=True):
+            text = self.token_text(token)
+            # Tokens that are only part of a character read alike; their numbers tell them apart.
+            found[text if text not in found else f"{text}#{token}"] = prob
+        return found
+
+    def token_text(self, token: int) -> str:
+        """How a token reads; without a tokenizer, its number."""
+        return f"#{token}" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def get_topk_closest_tokens(self, hidden_state: Any, k: int = 5) -> Any:
+        """The ``k`` most probable tokens that a hidden state gives through the unembedding.
+
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> with model.trace("The Eiffel Tower is in the city of"):
+        ...     hidden = model.layers_output[-1][:, -1].save()
+        >>> list(model.get_topk_closest_tokens(hidden[0], k=1))
+        [' Paris']
+
+        Args:
+            hidden_state: of shape (hidden), or with more axes before it.
+            k: how many, from 1 to the size of the vocabulary.
+
+        Returns:
+            a dict from token text to probability (0 to 1), most probable first; for (batch, hidden) a list of them, and
+            so on for each further axis.
+        """
+        if not 1 <= k <= self.vocab_size:  # type: ignore[attr-defined]
+            raise ValueError(f"k is {k}, but it can be 1 to {self.vocab_size}, the size of the vocabulary.")  # type: ignore[attr-defined]
+        plain = hidden_state.value if hasattr(hidden_state, "save") else hidden_state
+        with torch.no_grad():
+            top = self.project_on_vocab(plain).softmax(-1).topk(k)
+        return self._named(top.indices, top.values)
+
+    def _named(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        if tokens.ndim == 1:
+            return self.probs_to_dict(tokens, probs)
+        rows: Iterable[tuple[torch.Tensor, torch.Tensor]] = zip(tokens, probs, strict=True)
+        return [self._named(token_row, prob_row) for token_row, prob_row in rows]
