@@ -10,8 +10,9 @@ import torch
 
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
-from nnsight_core.events import Event, Origin
-from nnsight_core.proxy import InputProxy, Proxy, Scope, apply, unwrap
+from nnsight_core.events import Event
+from nnsight_core.input_proxy import InputProxy
+from nnsight_core.proxy import Proxy, Scope, apply, unwrap
 from nnsight_core.sites import user_site
 from nnsight_core.values import is_pair, with_first_argument
 
@@ -219,7 +220,7 @@ class Envoy:
         """
         trace, event = self._ask(kind, label)
         proxy = InputProxy if kind == "input" else Proxy
-        return trace.scope.proxy(event.value, Origin(event, event.put), proxy)
+        return trace.scope.proxy(event.value, event.origin(), proxy)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.

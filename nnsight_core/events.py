@@ -31,6 +31,10 @@ class Event:
         self.value = value
         self.replaced = True
 
+    def origin(self) -> Origin:
+        """The whole of the value as a place to read and write."""
+        return Origin(self, lambda: self.value, self.put)
+
     def check_writable(self) -> None:
         """Raises:
         OutOfOrderError: the model has gone on.
@@ -40,12 +44,17 @@ class Event:
 
 
 class Origin:
-    """Which part of which event a proxy shows, so that what is written into it reaches the model."""
+    """Which part of which event a proxy shows.
 
-    __slots__ = ("copied", "event", "write")
+    Args:
+        event: the event.
+        read: what stands at that part now.
+        write: let the model go on with something else there.
+    """
 
-    def __init__(self, event: Event, write: Callable[[Any], None], copied: bool = False) -> None:
+    __slots__ = ("event", "read", "write")
+
+    def __init__(self, event: Event, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
         self.event = event
+        self.read = read
         self.write = write
-        #: The part is a copy and not a view, so what changes in it has to be written back.
-        self.copied = copied

@@ -19,7 +19,12 @@ from nnsight_core.operators import Operators, changes_in_place
 from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import Site, user_site
 from nnsight_core.token_index import TokenIndex
-from nnsight_core.values import first_argument, with_attribute, with_first_argument, with_item
+from nnsight_core.values import (
+    own_copy,
+    share_storage,
+    with_attribute,
+    with_entry,
+)
 
 _RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 _set = object.__setattr__
@@ -88,7 +93,7 @@ def unwrap(value: Any, scopes: list[Scope] | None = None) -> Any:
     The scopes of the proxies that were met are added to ``scopes``.
     """
     kind = type(value)
-    if kind is Proxy or kind is InputProxy:
+    if issubclass(kind, Proxy):
         if scopes is not None and value._scope.open:
             scopes.append(value._scope)
         return value._plain()
@@ -161,33 +166,36 @@ class Proxy(Operators):
         """``.t[i]``: the i-th token of one's own prompt, whatever the padding. ``.t()`` is still the transpose."""
         return TokenIndex(self)
 
-    def _part(self, value: Any, write: Callable[[Any], None], copied: bool = False) -> Any:
-        """A proxy of a part of this one: what is written into the part reaches the model through this proxy."""
-        if not self._scope.open:
-            return value
-        origin = self._origin
-        return self._scope.wrap(value, Origin(origin.event, write, copied or origin.copied) if origin else None)
+    # Places: what is written into a part of a value reaches the model through the whole.
 
     def lens(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
-        """The part of the value that ``get`` finds, as a proxy; ``put(value, part)`` is how it is written."""
-        return self._part(get(self._get()), lambda part: self._replace_whole(put(self._get(), part)))
+        """The part of the value that ``get`` finds, as a proxy.
 
-    def _check_writable(self) -> None:
-        if self._scope.open and self._origin is not None:
-            self._origin.event.check_writable()
+        Args:
+            get: finds the part in the whole.
+            put: gives the whole with another part in it: ``put(whole, part)``.
+        """
+        return self._part(get(self._get()), get, put)
 
-    def _changed(self) -> None:
-        if self._scope.open and self._origin is not None and self._origin.copied:
-            self._origin.write(self._plain())
+    def _part(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        if not self._scope.open:
+            return part
+        origin = self._origin
+        if origin is None:
+            return self._scope.wrap(part)
+        read, write = origin.read, origin.write
+        return self._scope.wrap(part, Origin(origin.event, lambda: get(read()), lambda new: write(put(read(), new))))
 
-    def _replace_whole(self, value: Any) -> None:
-        """Put ``value`` in the place of this proxy's, in the model as well."""
-        self._check_writable()
-        _set(self, "_value", value)
-        if self._origin is not None:
-            self._origin.write(value)
+    def _place(self) -> Origin | None:
+        """Where a change has to be written, if this is a value of the model's and not one of the script's own.
 
-    _replace = _replace_whole
+        Raises:
+            OutOfOrderError: the forward pass has gone by it.
+        """
+        if not self._scope.open or self._origin is None:
+            return None
+        self._origin.event.check_writable()
+        return self._origin
 
     def replace(self, value: Any) -> None:
         """Let the model go on with ``value`` in the place of this one.
@@ -195,7 +203,36 @@ class Proxy(Operators):
         Raises:
             OutOfOrderError: the forward pass has gone by it.
         """
-        self._replace(unwrap(value))
+        self._put(unwrap(value))
+
+    def _put(self, value: Any) -> None:
+        place = self._place()
+        _set(self, "_value", value)
+        if place is not None:
+            place.write(value)
+
+    def _change(self, change: Callable[[Any], Any]) -> Any:
+        """Let ``change`` work in place on the value; gives what it gave, or this proxy where that is the value.
+
+        A value of the model's is changed as a copy, which then takes its place: other tensors may lie in the same
+        memory (the input of a parallel MLP in that of the attention, what was saved before in what comes after), and a
+        change at one place is to change that place alone.
+        """
+        place = self._place()
+        if place is None:
+            value = self._plain()
+            result = change(value)
+        else:
+            value = own_copy(self._first(place.read()))
+            result = change(value)
+            self._put(value)
+        if result is value:
+            return self
+        return self._scope.wrap(result) if self._scope.open else result
+
+    def _first(self, whole: Any) -> Any:
+        """What the operations on this proxy see of ``whole``: all of it, but for a module's input."""
+        return whole
 
     # Reading and writing parts.
 
@@ -203,55 +240,66 @@ class Proxy(Operators):
         owner = self._plain()
         found = getattr(owner, name)
         if not callable(found) or isinstance(found, torch.Tensor):
-            return self._part(found, lambda part: self._replace(with_attribute(self._plain(), name, part)))
+            return self._seen(found, lambda value: getattr(value, name), lambda v, part: with_attribute(v, name, part))
         if not self._scope.open:
             return found
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            writes = changes_in_place(name)
-            if writes:
-                self._check_writable()
-            result = apply_in(self._scope, found, *args, **kwargs)
-            if writes:
-                self._changed()
-            return self if plain(result) is owner else self._keeping_origin(result)
+            args, kwargs = unwrap(args), unwrap(kwargs)
+            if changes_in_place(name):
+                return self._change(lambda value: getattr(value, name)(*args, **kwargs))
+            return self._result(found(*args, **kwargs), lambda value: getattr(value, name)(*args, **kwargs))
 
         return method
 
-    def _keeping_origin(self, result: Any) -> Any:
-        # A view shares its storage with the value, so writing into a stale view is as wrong as into the value.
-        inner = plain(result)
-        if isinstance(result, Proxy) and isinstance(inner, torch.Tensor) and inner._is_view():
-            _set(result, "_origin", self._origin)
-        return result
+    def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        """A part of what the operations see, which for a module's input is the first argument."""
+        return self._part(part, get, put)
+
+    def _result(self, result: Any, operation: Callable[[Any], Any]) -> Any:
+        """What an operation on this proxy gives; a view of the value stays a part of it, to be written through."""
+        owner = self._plain()
+        if result is owner:
+            return self
+        entries = result if isinstance(result, (tuple, list)) else (result,)
+        if self._origin is None or not any(share_storage(entry, owner) for entry in entries):
+            return self._scope.wrap(result)
+
+        def put(whole: Any, part: Any) -> Any:
+            changed = own_copy(whole)
+            views = operation(changed)
+            pairs = zip(views, part, strict=True) if isinstance(views, (tuple, list)) else [(views, part)]
+            for view, new in pairs:
+                view.copy_(new)
+            return changed
+
+        return self._seen(result, operation, put)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        owner = self._plain()
-        self._check_writable()
-        changed = with_attribute(owner, name, unwrap(value))
-        if changed is not owner:
-            self._replace(changed)
+        value = unwrap(value)
+        place = self._place()
+        if place is None:
+            setattr(self._plain(), name, value)
+        else:
+            self._put(with_attribute(self._first(place.read()), name, value))
 
     def __getitem__(self, key: Any) -> Any:
-        owner = self._plain()
         key = unwrap(key)
-        return self._part(owner[key], lambda part: self._set_item(key, part))
+        return self._seen(self._plain()[key], lambda value: value[key], lambda value, new: with_entry(value, key, new))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._set_item(unwrap(key), unwrap(value))
-
-    def _set_item(self, key: Any, value: Any) -> None:
-        owner = self._plain()
-        self._check_writable()
-        if isinstance(owner, tuple):
-            self._replace(with_item(owner, key, value))
+        key, value = unwrap(key), unwrap(value)
+        place = self._place()
+        if place is not None:
+            self._put(with_entry(self._first(place.read()), key, value))
+        elif isinstance(self._plain(), tuple):
+            self._put(with_entry(self._plain(), key, value))
         else:
-            owner[key] = value
-            self._changed()
+            self._plain()[key] = value
 
     def __delitem__(self, key: Any) -> None:
-        self._check_writable()
-        del self._plain()[unwrap(key)]
+        key = unwrap(key)
+        self._change(lambda value: value.__delitem__(key))
 
     def __iter__(self) -> Iterator[Any]:
         owner = self._plain()
@@ -265,14 +313,10 @@ class Proxy(Operators):
         return apply(function, *args)
 
     def _operate_in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
-        self._check_writable()
-        owner = self._plain()
-        result = function(owner, unwrap(other))
-        # A tensor has changed where it stands; a number or tuple has been replaced by a new one.
-        if result is not owner:
-            return self._scope.wrap(result) if self._scope.open else result
-        self._changed()
-        return self
+        other = unwrap(other)
+        if not isinstance(self._plain(), (torch.Tensor, list, dict)):
+            return self._operate(function, self, other)
+        return self._change(lambda value: function(value, other))
 
     def __contains__(self, item: Any) -> bool:
         return unwrap(item) in self._plain()
@@ -285,13 +329,14 @@ class Proxy(Operators):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, Proxy) and changes_in_place(getattr(func, "__name__", "")):
-            first._check_writable()
-        result = apply(func, *args, **(kwargs or {}))
-        if isinstance(first, Proxy):
-            return first if plain(result) is first._plain() else first._keeping_origin(result)
-        return result
+        if not isinstance(first, Proxy) or not first._scope.open:
+            return apply(func, *args, **kwargs)
+        rest, kwargs = unwrap(args[1:]), unwrap(kwargs)
+        if changes_in_place(getattr(func, "__name__", "")):
+            return first._change(lambda value: func(value, *rest, **kwargs))
+        return first._result(func(first._plain(), *rest, **kwargs), lambda value: func(value, *rest, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _itself, (self._plain(),)
@@ -314,37 +359,6 @@ class Proxy(Operators):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return apply_in(self._scope, self._plain(), *args, **kwargs)
-
-
-class InputProxy(Proxy):
-    """The call of a module, ``(args, kwargs)``.
-
-    An integer index or unpacking sees that pair; everything else sees the first argument, which is what one nearly
-    always wants: ``module.input.shape``, ``module.input[:, -1]``, ``args, kwargs = module.input``.
-    """
-
-    __slots__ = ()
-
-    def _plain(self) -> Any:
-        return first_argument(self._get())
-
-    def _replace(self, value: Any) -> None:
-        self._replace_whole(with_first_argument(self._get(), value))
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int):
-            pair = self._get()
-            return self._part(pair[key], lambda part: self._replace_whole(with_item(self._get(), key, part)))
-        return Proxy.__getitem__(self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key, int):
-            self._replace_whole(with_item(self._get(), key, unwrap(value)))
-        else:
-            Proxy.__setitem__(self, key, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self[0], self[1]])
 
 
 def apply_in(scope: Scope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -42,11 +42,7 @@ class TokenIndex:
         return (rows if index.ndim == 1 else rows[:, None], index)
 
     def __getitem__(self, token: Any) -> Any:
-        proxy = self._proxy
-        key = self._key(token)
-        # Rows that are padded differently can only be gathered, and a gathered part is a copy.
-        copied = isinstance(key[0], torch.Tensor)
-        return proxy._part(proxy._plain()[key], lambda part: proxy._set_item(key, part), copied)
+        return self._proxy[self._key(token)]
 
     def __setitem__(self, token: Any, value: Any) -> None:
-        self._proxy._set_item(self._key(token), value)
+        self._proxy[self._key(token)] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,12 +35,38 @@ def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, .
     return type(container)(*entries) if hasattr(container, "_fields") else tuple(entries)
 
 
+def with_entry(container: Any, key: Any, entry: Any) -> Any:
+    """A copy of ``container`` (tensor, tuple, list, dict and the like) with ``entry`` at ``key``.
+
+    >>> with_entry(torch.zeros(3), 1, 5.0)
+    tensor([0., 5., 0.])
+    """
+    if isinstance(container, tuple):
+        return with_item(container, key, entry)
+    changed = own_copy(container)
+    changed[key] = entry
+    return changed
+
+
 def with_attribute(owner: Any, name: str, value: Any) -> Any:
-    """``owner`` with its attribute set: in place where that is allowed, else a changed copy (frozen dataclasses)."""
-    if is_dataclass_value(owner) and getattr(type(owner), "__dataclass_params__").frozen:  # noqa: B009 - not in typeshed
+    """``owner`` with its attribute set: a changed copy of a dataclass, and anything else in place."""
+    if not is_dataclass_value(owner):
+        setattr(owner, name, value)
+        return owner
+    if getattr(type(owner), "__dataclass_params__").frozen:  # noqa: B009 - not in typeshed
         return dataclasses.replace(owner, **{name: value})
-    setattr(owner, name, value)
-    return owner
+    changed = copy.copy(owner)
+    setattr(changed, name, value)
+    return changed
+
+
+def own_copy(value: Any) -> Any:
+    """A copy that can be changed without anybody else's seeing it; objects of unknown classes are given as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (list, Mapping)) or is_dataclass_value(value):
+        return copy.copy(value)
+    return value
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
@@ -68,15 +95,8 @@ def _get(container: Any, key: Any) -> Any:
 
 
 def _with(container: Any, key: Any, entry: Any) -> Any:
-    if isinstance(container, tuple):
-        return with_item(container, key, entry)
-    if isinstance(container, list):
-        return [entry if index == key else old for index, old in enumerate(container)]
-    if type(container) is dict:
-        return {**container, key: entry}
-    if isinstance(container, Mapping):
-        container[key] = entry  # type: ignore[index]  # ModelOutput and its kin: rebuilding would lose their class
-        return container
+    if isinstance(container, (tuple, list, Mapping)):
+        return with_entry(container, key, entry)
     return with_attribute(container, key, entry)
 
 
@@ -154,3 +174,11 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     if type(value) is dict:
         return {key: map_tensors(function, entry) for key, entry in value.items()}
     return value
+
+
+def share_storage(one: Any, other: Any) -> bool:
+    """Whether two tensors lie in the same memory, so that writing into one may change the other."""
+    for each in (one, other):
+        if not isinstance(each, torch.Tensor) or each.layout is not torch.strided:
+            return False
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # type: ignore[no-any-return]

@@ -57,6 +57,7 @@ ORDER = (
     "nnsight_core/order.py",
     "nnsight_core/thread_state.py",
     "nnsight_core/hooks.py",
+    "nnsight_core/input_proxy.py",
     "nnsight_core/proxy.py",
     "nnsight_core/saveable.py",
     "nnsight_core/token_index.py",

@@ -1,0 +1,50 @@
+"""The call of a module as a value of a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nnsight_core.proxy import Proxy, unwrap
+from nnsight_core.values import first_argument, with_entry, with_first_argument
+
+
+class InputProxy(Proxy):
+    """The call of a module, ``(args, kwargs)``.
+
+    An integer index or unpacking sees that pair; everything else sees the first argument, which is what one nearly
+    always wants: ``module.input.shape``, ``module.input[:, -1]``, ``args, kwargs = module.input``.
+    """
+
+    __slots__ = ()
+
+    def _plain(self) -> Any:
+        return first_argument(self._get())
+
+    def _first(self, whole: Any) -> Any:
+        return first_argument(whole)
+
+    def _put(self, value: Any) -> None:
+        place = self._place()
+        pair = with_first_argument(self._get() if place is None else place.read(), value)
+        Proxy._put(self, pair)
+
+    def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        def put_in_pair(pair: Any, part: Any) -> Any:
+            return with_first_argument(pair, put(first_argument(pair), part))
+
+        return self._part(part, lambda pair: get(first_argument(pair)), put_in_pair)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, int):
+            return Proxy.__getitem__(self, key)
+        return self._part(self._get()[key], lambda pair: pair[key], lambda pair, new: with_entry(pair, key, new))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, int):
+            Proxy._put(self, with_entry(self._get(), key, unwrap(value)))
+        else:
+            Proxy.__setitem__(self, key, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[0], self[1]])
