@@ -184,9 +184,11 @@ def load_model(name: str | Path, known: Sequence[str] = (), **kwargs: Any) -> Pr
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer that belongs to a model, or None where there is none: token ids can then still be given."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
+    # For a folder without one, transformers may make up a tokenizer that knows special tokens alone.
+    return tokenizer if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids) else None
 
 
 def _check_folder(name: str | Path, known: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from nnterp.accessors import logits_of
 from nnterp.dimensions import Dimensions
 from nnterp.errors import ValidationError
 from nnterp.rename_plan import LayerPlan, RenamePlan
-from nnterp.spec import ArchitectureSpec
+from nnterp.spec import ROLES, ArchitectureSpec
 
 BATCH, POSITIONS = 2, 5
 #: How far two ways to the same number may differ, relative to its size: rounding, not meaning.
@@ -161,8 +161,16 @@ def _rows(
         probe.logits,
         (BATCH, POSITIONS, sizes.vocab_size),
     )
-    promise = f"logits is {' of '.join(reversed(spec.unembed))} of the last layer's output"
-    yield Row(promise, spec.where("unembed"), probe.logits, unembed(probe.output(plan.layers[-1].path)))
+    last = probe.output(plan.layers[-1].path)
+    value = last
+    for path in plan.unembed:
+        role = next((name for name in ROLES if plan.modules.get(name) == path), None)
+        origin = _said(plan, role) if role else spec.where("unembed")
+        promise = f"{path} takes its turn in {' of '.join(reversed(spec.unembed))} of the last layer's output"
+        yield Row(promise, origin, probe.input(path), value)
+        value = probe.output(path)
+    origin = spec.where("logits.softcap" if spec.logits.softcap else "unembed")
+    yield Row("logits is what project_on_vocab makes of the last layer's output", origin, probe.logits, unembed(last))
 
 
 def _layer_rows(

@@ -1,0 +1,118 @@
+"""Opening models: by name, by folder, as an object; and what is said of what cannot be opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nnsight_core import InputError, ModelNotFoundError
+from nnterp import StandardizedTransformer
+from nnterp.errors import NnterpError, UnknownArchitectureError
+from tests.families import tiny_model
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_a_model_that_comes_along_opens_by_name_and_knows_its_prompts(name: str) -> None:
+    model = StandardizedTransformer(name)
+    prompts = ["John and Mary went to the store. John handed the milk to", "The Eiffel Tower is in the city of"]
+    with model.trace(prompts):
+        probabilities = model.next_token_probs.save()
+    assert [model.token_text(int(row.argmax())) for row in probabilities] == [" Mary", " Paris"]
+    assert model.num_layers >= 4
+
+
+def test_dimensions_are_the_configs(demo_llama: StandardizedTransformer) -> None:
+    config = demo_llama.config
+    assert demo_llama.num_layers == config.num_hidden_layers == len(demo_llama.layers)
+    assert demo_llama.num_heads == config.num_attention_heads
+    assert demo_llama.num_kv_heads == config.num_key_value_heads < demo_llama.num_heads
+    assert demo_llama.hidden_size == config.hidden_size
+    assert demo_llama.vocab_size == config.vocab_size
+    assert demo_llama.head_dim * demo_llama.num_heads == demo_llama.layers[0].self_attn.q_proj.out_features
+
+
+def test_what_is_known_of_the_input_is_there_at_any_moment(demo_gpt2: StandardizedTransformer) -> None:
+    with demo_gpt2.trace(["The Eiffel Tower", "Paris"]):
+        hidden = demo_gpt2.layers_output[-1]
+        ids, size, mask = demo_gpt2.input_ids, demo_gpt2.input_size, demo_gpt2.attention_mask
+        assert hidden.shape[:2] == size == ids.shape
+    assert mask[0].all() and not mask[1, 0]
+
+
+def test_a_folder_of_ones_own_opens(tmp_path: Path) -> None:
+    module = tiny_model("qwen2")
+    module.save_pretrained(tmp_path / "mine")
+    model = StandardizedTransformer(tmp_path / "mine")
+    assert model.tokenizer is None
+    ids = torch.tensor([[3, 4, 5]])
+    with model.trace(ids):
+        logits = model.logits.save()
+    assert torch.equal(logits, module(ids).logits)
+    with pytest.raises(InputError, match="without a tokenizer"), model.trace("text"):
+        pass
+    assert list(model.get_topk_closest_tokens(torch.randn(model.hidden_size), k=2))[0].startswith("#")
+
+
+def test_a_name_that_does_not_exist_suggests_those_that_come_along() -> None:
+    with pytest.raises(ModelNotFoundError, match="Did you mean 'demo-llama'") as caught:
+        StandardizedTransformer("demo-lama")
+    assert "config.json" in str(caught.value)
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="no config.json"):
+        StandardizedTransformer(str(tmp_path))
+
+
+def test_an_architecture_that_no_file_serves(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=64)
+    with pytest.raises(UnknownArchitectureError, match="bloom") as caught:
+        StandardizedTransformer(BloomForCausalLM(config))
+    assert isinstance(caught.value, NnterpError)
+
+
+def test_a_config_that_says_something_else_than_the_weights(tmp_path: Path) -> None:
+    module = tiny_model("llama")
+    module.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(ModelNotFoundError):
+        StandardizedTransformer(tmp_path)
+    assert config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], ["fine", ""]], ids=str)
+def test_an_empty_prompt(demo_gpt2: StandardizedTransformer, prompt: Any) -> None:
+    with pytest.raises(InputError, match="empty"), demo_gpt2.trace(prompt):
+        pass
+
+
+def test_a_prompt_beyond_the_context_length(demo_llama: StandardizedTransformer) -> None:
+    limit = demo_llama.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"context of {limit} positions"), demo_llama.trace("Paris " * (limit + 1)):
+        pass
+
+
+def test_the_closest_tokens_of_a_hidden_state(demo_gpt2: StandardizedTransformer) -> None:
+    with demo_gpt2.trace(["The Eiffel Tower is in the city of", "The capital of France is"]):
+        hidden = demo_gpt2.layers_output[-1][:, -1].save()
+        expected = demo_gpt2.next_token_probs.save()
+        inside = demo_gpt2.get_topk_closest_tokens(hidden, k=3)
+    found = demo_gpt2.get_topk_closest_tokens(hidden, k=3)
+    assert [list(row) for row in found] == [list(row) for row in inside]
+    for row, probabilities in zip(found, expected.value, strict=True):
+        assert list(row.values()) == pytest.approx(probabilities.topk(3).values.tolist(), rel=1e-4)
+        assert list(row) == [demo_gpt2.tokenizer.decode([i]) for i in probabilities.topk(3).indices.tolist()]
+    assert demo_gpt2.get_topk_closest_tokens(hidden[0], k=3) == found[0]
+    with pytest.raises(ValueError, match="can be 1 to"):
+        demo_gpt2.get_topk_closest_tokens(hidden, k=0)
+
+
+def test_printing_the_model_shows_the_module_tree(demo_gpt2: StandardizedTransformer) -> None:
+    assert str(demo_gpt2) == str(demo_gpt2._module)
