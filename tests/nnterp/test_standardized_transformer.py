@@ -54,7 +54,7 @@ def test_a_folder_of_ones_own_opens(tmp_path: Path) -> None:
     assert torch.equal(logits, module(ids).logits)
     with pytest.raises(InputError, match="without a tokenizer"), model.trace("text"):
         pass
-    assert list(model.get_topk_closest_tokens(torch.randn(model.hidden_size), k=2))[0].startswith("#")
+    assert next(iter(model.get_topk_closest_tokens(torch.randn(model.hidden_size), k=2))).startswith("#")
 
 
 def test_a_name_that_does_not_exist_suggests_those_that_come_along() -> None:
@@ -64,7 +64,7 @@ def test_a_name_that_does_not_exist_suggests_those_that_come_along() -> None:
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="no config.json"):
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         StandardizedTransformer(str(tmp_path))
 
 
