@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import weakref
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 
-from nnsight_core.interleaver import Interleaver
-from nnsight_core.proxy import Scope
+from nnsight_core.interleaver import Asked
+from nnsight_core.proxy import Proxy, Scope
 
 
-class OpenTrace:
+class OpenTrace(Protocol):
     """What a module needs to know of the trace that it is asked in."""
 
-    __slots__ = ("__weakref__", "interleaver", "root", "scope")
+    @property
+    def root(self) -> torch.nn.Module:
+        """The model that is traced."""
 
-    def __init__(self, root: torch.nn.Module, interleaver: Interleaver, scope: Scope) -> None:
-        self.root = root
-        self.interleaver = interleaver
-        self.scope = scope
+    @property
+    def scope(self) -> Scope:
+        """Where the values live."""
+
+    @property
+    def step(self) -> int | None:
+        """The run of the model that values are asked of, if they are counted."""
+
+    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+        """The value asked for, present or pending."""
 
 
 # Weak, so that a trace that is dropped half-way is not kept alive by having been open.

@@ -10,11 +10,10 @@ import torch
 
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
-from nnsight_core.events import Event
 from nnsight_core.input_proxy import InputProxy
-from nnsight_core.proxy import Proxy, Scope, apply, unwrap
+from nnsight_core.interleaver import Asked
+from nnsight_core.proxy import Proxy, Scope, apply
 from nnsight_core.sites import user_site
-from nnsight_core.values import is_pair, with_first_argument
 
 Names = Mapping[str, str]
 _NO_NAMES: Names = {}
@@ -204,12 +203,6 @@ class Envoy:
         """
         return self._trace(asked).scope
 
-    def _ask(self, kind: str, label: str | None) -> tuple[OpenTrace, Event]:
-        label = label or f"{self._path or 'model'}.{kind}"
-        trace = self._trace(label)
-        module = self._module
-        return trace, trace.interleaver.ask(module, kind, label, self._tree.ancestors(module))
-
     def read(self, kind: str, label: str | None = None) -> Any:
         """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy; ``label`` is how errors are to call it.
 
@@ -218,9 +211,11 @@ class Envoy:
             OutOfOrderError: the forward pass has gone by it.
             ModuleNotRunError: the module does not run in this pass.
         """
-        trace, event = self._ask(kind, label)
-        proxy = InputProxy if kind == "input" else Proxy
-        return trace.scope.proxy(event.value, event.origin(), proxy)
+        label = label or f"{self._path or 'model'}.{kind}"
+        trace = self._trace(label)
+        module = self._module
+        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), trace.step)
+        return trace.ask(asked, InputProxy if kind == "input" else Proxy)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
@@ -228,16 +223,17 @@ class Envoy:
         A plain number in the place of a tensor fills the tensor. For inputs, a pair ``(args, kwargs)`` replaces the
         call and anything else its first argument.
         """
-        _, event = self._ask(kind, label)
-        value = value._get() if isinstance(value, InputProxy) else unwrap(value)
-        if kind == "input":
-            event.put(value if is_pair(value) else with_first_argument(event.value, value))
-            return
         if value is None:
-            raise ValueError(f"{event.label} cannot be set to None: torch takes a None from a hook for 'no change'.")
-        if isinstance(value, (int, float)) and isinstance(event.value, torch.Tensor):
-            value = torch.full_like(event.value, value)
-        event.put(value)
+            name = label or f"{self._path or 'model'}.{kind}"
+            raise ValueError(f"{name} cannot be set to None: torch takes a None from a hook for 'no change'.")
+        current = self.read(kind, label)
+        # isinstance() would look at a pending value, and that starts the model.
+        if kind == "input":
+            current.set_call(value)
+        elif issubclass(type(value), (int, float)):
+            current.update(_filled, value)
+        else:
+            current.replace(value)
 
     @property
     def output(self) -> Any:
@@ -268,6 +264,10 @@ class Envoy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""
         return apply(self._module, *args, **kwargs)
+
+
+def _filled(value: Any, number: float) -> Any:
+    return torch.full_like(value, number) if isinstance(value, torch.Tensor) else number
 
 
 def _annotations(kind: type) -> set[str]:

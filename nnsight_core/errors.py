@@ -4,6 +4,7 @@
     ├── OrderError
     │   ├── OutOfOrderError      a value was asked for after the forward pass had gone by it
     │   ├── ModuleNotRunError    the module does not run in this pass at all
+    │   ├── StepNotRunError      a generation step was asked for that did not come
     │   └── TraceStoppedError    a value was asked for after tracer.stop()
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── NoTraceError             a value was asked for outside a trace
@@ -81,6 +82,18 @@ class ModuleNotRunError(OrderError):
             f"{asked} was asked for, but its module did not run in this forward pass.\n"
             f"{_table([('asked for', asked, asked_at)])}\n"
             "Check in print(model) that it is on the path that these inputs take." + (f"\n{rest}" if rest else "")
+        )
+
+
+class StepNotRunError(OrderError):
+    """A generation step was asked for that did not come: the end of the sequence, or of the tokens asked for."""
+
+    def __init__(self, asked: str, asked_at: Site, step: int, ran: int) -> None:
+        super().__init__(
+            f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {ran} steps.\n"
+            f"{_table([('asked for', asked, asked_at)])}\n"
+            "Ask for fewer steps or generate more tokens. For as many steps as there are, write\n"
+            "    for step in tracer.iter[:]: ..."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nnsight_core.errors import OutOfOrderError
+from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
 
 
@@ -31,9 +32,11 @@ class Event:
         self.value = value
         self.replaced = True
 
-    def origin(self) -> Origin:
-        """The whole of the value as a place to read and write."""
-        return Origin(self, lambda: self.value, self.put)
+    def origin(self, rows: Rows | None = None) -> Origin:
+        """The value as a place to read and write: all of it, or the rows of one input of the batch."""
+        if rows is None:
+            return Origin(self, lambda: self.value, self.put)
+        return Origin(self, lambda: rows.take(self.value), lambda part: self.put(rows.put(self.value, part)))
 
     def check_writable(self) -> None:
         """Raises:

@@ -1,6 +1,6 @@
 """The only file that registers anything with torch.
 
-Hooks are put on demand and fire once. PyTorch decides whether a module has hooks when its call *starts*, so asking
+Hooks are put on demand and taken off when nobody waits for them. PyTorch decides whether a module has hooks when its call *starts*, so asking
 for a module also arms its ancestors, whose calls may be under way by the time they are asked for themselves; a module
 that nobody asked for costs nothing.
 """
@@ -28,16 +28,17 @@ def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> Non
 
 
 class HookBoard:
-    """The hooks of one trace: put one by one, each gone when it has fired, all gone at :meth:`clear`."""
+    """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`."""
 
     def __init__(self, is_ours: Callable[[], bool], deliver: Deliver) -> None:
         self._is_ours = is_ours
         self._deliver = deliver
         self._armed: dict[int, RemovableHandle] = {}
         self._waiting: dict[tuple[int, str], RemovableHandle] = {}
+        self._followed: list[RemovableHandle] = []
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
-        """Deliver the next ``kind`` of ``module``, whose call stands inside calls of ``ancestors``."""
+        """Deliver ``kind`` of ``module`` until :meth:`unwatch`, whose call stands inside calls of ``ancestors``."""
         for ancestor in ancestors:
             if id(ancestor) not in self._armed:
                 self._armed[id(ancestor)] = ancestor.register_forward_hook(_keeps_hooks_running)
@@ -51,8 +52,13 @@ class HookBoard:
                 self._armed[id(module)] = module.register_forward_hook(_keeps_hooks_running)
             self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
 
+    def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
+        """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
+        handle = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
+        self._followed.append(handle)
+
     def unwatch(self, module: torch.nn.Module, kind: str) -> None:
-        """Take back a :meth:`watch` that has not been delivered."""
+        """Nobody waits for it any more."""
         handle = self._waiting.pop((id(module), kind), None)
         if handle is not None:
             handle.remove()
@@ -61,21 +67,20 @@ class HookBoard:
         # Another thread, task or trace may run the same module: it never sees these hooks.
         if not self._is_ours():
             return None
-        self.unwatch(module, "output")
         changed = self._deliver(module, "output", output)
         return None if changed is None else changed[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_ours():
             return None
-        self.unwatch(module, "input")
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
 
     def clear(self) -> None:
         """Remove every hook."""
-        for handle in (*self._waiting.values(), *self._armed.values()):
+        for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
             handle.remove()
+        self._followed.clear()
         self._waiting.clear()
         self._armed.clear()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nnsight_core.proxy import Proxy, unwrap
-from nnsight_core.values import first_argument, with_entry, with_first_argument
+from nnsight_core.proxy import PENDING, Proxy, pending_tape, unwrap
+from nnsight_core.values import first_argument, is_pair, with_entry, with_first_argument
 
 
 class InputProxy(Proxy):
@@ -29,6 +29,18 @@ class InputProxy(Proxy):
         pair = with_first_argument(self._get() if place is None else place.read(), value)
         Proxy._put(self, pair)
 
+    def set_call(self, value: Any) -> None:
+        """Let the module be called with ``value``: a pair ``(args, kwargs)``, or else another first argument."""
+        tape = pending_tape((self, value))
+        if tape is not None:
+            tape.record(InputProxy.set_call, self, value)
+            return
+        value = value._get() if type(value) is InputProxy else unwrap(value)
+        if is_pair(value):
+            Proxy._put(self, value)
+        else:
+            self._put(value)
+
     def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         def put_in_pair(pair: Any, part: Any) -> Any:
             return with_first_argument(pair, put(first_argument(pair), part))
@@ -36,12 +48,12 @@ class InputProxy(Proxy):
         return self._part(part, lambda pair: get(first_argument(pair)), put_in_pair)
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, int):
+        if self._value is PENDING or not isinstance(key, int):
             return Proxy.__getitem__(self, key)
         return self._part(self._get()[key], lambda pair: pair[key], lambda pair, new: with_entry(pair, key, new))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key, int):
+        if self._value is not PENDING and isinstance(key, int):
             Proxy._put(self, with_entry(self._get(), key, unwrap(value)))
         else:
             Proxy.__setitem__(self, key, value)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nnsight_core.batching import joined
 from nnsight_core.envoy import Names
 from nnsight_core.errors import (
     EmptyPromptError,
@@ -19,10 +21,14 @@ from nnsight_core.errors import (
     PromptTooLongError,
 )
 from nnsight_core.model import NNsight
-from nnsight_core.tracer import Call
+from nnsight_core.passes import Call
 
 #: A prompt as text, as token ids, or as a tensor of ids of shape (position) or (batch, position); or several prompts.
 Prompts = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]"
+
+
+#: What is made anew when prompts of several inputs are padded to one length.
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class LanguageModel(NNsight):
@@ -107,6 +113,18 @@ class LanguageModel(NNsight):
                 # Models that learn a vector for each position would otherwise count the padding.
                 batch.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
+
+    def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
+        sizes, rows, others = [], [], []
+        for call in calls:
+            ids, mask = call.kwargs.get("input_ids"), call.kwargs.get("attention_mask")
+            if ids is None:
+                return super()._combine(calls)
+            own = torch.ones_like(ids) if mask is None else mask
+            rows += [row[kept != 0].tolist() for row, kept in zip(ids, own, strict=True)]
+            sizes.append(len(ids))
+            others.append({k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS})
+        return replace(self._batch_call(self._padded(rows), joined(others)), function=calls[0].function), sizes
 
     def _token_rows(self, given: Any, options: dict[str, Any]) -> list[list[int]]:
         """Every prompt as a list of token ids."""

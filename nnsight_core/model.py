@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from nnsight_core.batching import joined
 from nnsight_core.envoy import Envoy, Names, Tree
 from nnsight_core.errors import MissingInputError
+from nnsight_core.passes import Call
 from nnsight_core.proxy import unwrap
-from nnsight_core.tracer import Call, Tracer
+from nnsight_core.tracer import Tracer
+from nnsight_core.values import first_tensor
 
 
 class NNsight(Envoy):
@@ -53,14 +56,33 @@ class NNsight(Envoy):
         Raises:
             MissingInputError: there is nothing to run on.
         """
-        prepare = partial(self._prepare, unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))
-        if trace:
-            return Tracer(self, prepare)
-        call = prepare()
-        return call.function(*call.args, **call.kwargs)
+        prepare = partial(self._prepare_unwrapped, options=dict(invoker_args or {}), kwargs=unwrap(kwargs))
+        if not trace:
+            call = prepare(*inputs)
+            return call.function(*call.args, **call.kwargs)
+        if not inputs and not kwargs:
+            return Tracer(self, self._prepare_invoke, self._combine, has_input=False)
+        return Tracer(self, partial(prepare, *inputs), self._combine, has_input=True)
+
+    def _prepare_unwrapped(self, *inputs: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Call:
+        return self._prepare(unwrap(inputs), kwargs, options)
+
+    def _prepare_invoke(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Call:
+        return self._prepare(unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))
 
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
         """The call that the trace is to make; subclasses turn text and the like into arguments here."""
         if not inputs and not kwargs:
             raise MissingInputError()
         return Call(self._module, inputs, kwargs)
+
+    def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
+        """One call of several, their tensors one below the other, and how many rows each has."""
+        sizes = [_rows_in((call.args, call.kwargs)) for call in calls]
+        together = joined([(call.args, call.kwargs) for call in calls])
+        return Call(calls[0].function, *together), sizes
+
+
+def _rows_in(value: Any) -> int:
+    tensor = first_tensor(value)
+    return int(tensor.shape[0]) if tensor.ndim else 1

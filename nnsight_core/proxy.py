@@ -7,6 +7,7 @@ trace ends, a proxy that was saved becomes as good as its plain value, and one t
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from nnsight_core.values import (
     with_entry,
 )
 
+#: Stands in a proxy for a value that has yet to arrive.
+PENDING: Any = type("Pending", (), {"__repr__": lambda self: "<pending>"})()
 _RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 _set = object.__setattr__
 
@@ -52,10 +55,18 @@ class Scope:
         _set(made, "_origin", origin)
         _set(made, "_site", user_site())
         _set(made, "_saved", False)
+        _set(made, "_tape", None)
+        _set(made, "_live", None)
         self._made.append(weakref.ref(made))
         if len(self._made) > self._limit:
             self._made = [each for each in self._made if each() is not None]
             self._limit = max(4096, 2 * len(self._made))
+        return made
+
+    def pending(self, tape: Any, kind: type[Proxy]) -> Proxy:
+        """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
+        made = self.proxy(PENDING, None, kind)
+        _set(made, "_tape", tape)
         return made
 
     def wrap(self, value: Any, origin: Origin | None = None) -> Any:
@@ -73,6 +84,7 @@ class Scope:
             if proxy is None:
                 continue
             _set(proxy, "_origin", None)
+            _set(proxy, "_live", None)
             if not proxy._saved:
                 _set(proxy, "_value", _RELEASED)
         self._made.clear()
@@ -108,11 +120,42 @@ def unwrap(value: Any, scopes: list[Scope] | None = None) -> Any:
     return value
 
 
+def pending_tape(value: Any) -> Any:
+    """The tape of the first pending proxy inside tuples, lists and dicts; None if all values are there."""
+    kind = type(value)
+    if issubclass(kind, Proxy):
+        return value._tape if value._value is PENDING else None
+    if kind is tuple or kind is list:
+        entries = value
+    elif kind is dict:
+        entries = value.values()
+    elif kind is slice:
+        entries = (value.start, value.stop, value.step)
+    else:
+        return None
+    for entry in entries:
+        tape = pending_tape(entry)
+        if tape is not None:
+            return tape
+    return None
+
+
+def arrive(proxy: Proxy, live: Any) -> None:
+    """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
+    is_proxy = isinstance(live, Proxy)
+    _set(proxy, "_value", live._get() if is_proxy else live)
+    _set(proxy, "_origin", live._origin if is_proxy else None)
+    _set(proxy, "_live", live)
+
+
 def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` on the values of proxies, wherever they stand in the arguments.
 
     Inside a trace the result is a proxy again; once all proxies are finished it is the plain result.
     """
+    tape = pending_tape((args, kwargs))
+    if tape is not None:
+        return tape.record(function, *args, **kwargs)
     scopes: list[Scope] = []
     result = function(*unwrap(args, scopes), **(unwrap(kwargs, scopes) if kwargs else kwargs))
     return scopes[0].wrap(result) if scopes else result
@@ -129,17 +172,21 @@ class Proxy(Operators):
     torch.Size([1, 2])
     """
 
-    __slots__ = ("__weakref__", "_origin", "_saved", "_scope", "_site", "_value")
+    __slots__ = ("__weakref__", "_live", "_origin", "_saved", "_scope", "_site", "_tape", "_value")
     _value: Any
     _scope: Scope
     _origin: Origin | None
     _site: Site
     _saved: bool
+    _tape: Any
+    _live: Any
 
     def __init__(self) -> None:
         raise TypeError("Proxies come from a trace (module.output and so on); they are not made by hand.")
 
     def _get(self) -> Any:
+        if self._value is PENDING:
+            self._tape.force()
         if self._value is _RELEASED:
             raise ReleasedValueError(self._site)
         return self._value
@@ -155,9 +202,19 @@ class Proxy(Operators):
         """
         return self._get()
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the value has yet to arrive; what is done with it until then is recorded."""
+        return self._value is PENDING
+
+    def defer(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function(self, *args)`` when the pending value has arrived; gives the pending result."""
+        return self._tape.record(function, self, *args)
+
     def save(self) -> Any:
         """Keep the value beyond the end of the trace; returns the proxy itself."""
-        self._get()
+        if self._value is not PENDING:
+            self._get()
         _set(self, "_saved", True)
         return self
 
@@ -175,6 +232,8 @@ class Proxy(Operators):
             get: finds the part in the whole.
             put: gives the whole with another part in it: ``put(whole, part)``.
         """
+        if self._value is PENDING:
+            return self._tape.record(Proxy.lens, self, get, put)
         return self._part(get(self._get()), get, put)
 
     def _part(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
@@ -203,7 +262,23 @@ class Proxy(Operators):
         Raises:
             OutOfOrderError: the forward pass has gone by it.
         """
-        self._put(unwrap(value))
+        tape = pending_tape((self, value))
+        if tape is not None:
+            tape.record(Proxy.replace, self, value)
+        else:
+            self._put(unwrap(value))
+
+    def update(self, change: Callable[..., Any], *args: Any) -> None:
+        """Let the model go on with ``change(value, *args)``; proxies among ``args`` come as their values.
+
+        Raises:
+            OutOfOrderError: the forward pass has gone by it.
+        """
+        tape = pending_tape((self, args))
+        if tape is not None:
+            tape.record(Proxy.update, self, change, *args)
+        else:
+            self._put(change(self._plain(), *unwrap(args)))
 
     def _put(self, value: Any) -> None:
         place = self._place()
@@ -237,6 +312,8 @@ class Proxy(Operators):
     # Reading and writing parts.
 
     def __getattr__(self, name: str) -> Any:
+        if self._value is PENDING:
+            return self._tape.record(getattr, self, name)
         owner = self._plain()
         found = getattr(owner, name)
         if not callable(found) or isinstance(found, torch.Tensor):
@@ -245,6 +322,9 @@ class Proxy(Operators):
             return found
 
         def method(*args: Any, **kwargs: Any) -> Any:
+            tape = pending_tape((args, kwargs))
+            if tape is not None:
+                return tape.record(method, *args, **kwargs)
             args, kwargs = unwrap(args), unwrap(kwargs)
             if changes_in_place(name):
                 return self._change(lambda value: getattr(value, name)(*args, **kwargs))
@@ -276,6 +356,10 @@ class Proxy(Operators):
         return self._seen(result, operation, put)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        tape = pending_tape((self, value))
+        if tape is not None:
+            tape.record(setattr, self, name, value)
+            return
         value = unwrap(value)
         place = self._place()
         if place is None:
@@ -284,10 +368,17 @@ class Proxy(Operators):
             self._put(with_attribute(self._first(place.read()), name, value))
 
     def __getitem__(self, key: Any) -> Any:
+        tape = pending_tape((self, key))
+        if tape is not None:
+            return tape.record(operator.getitem, self, key)
         key = unwrap(key)
         return self._seen(self._plain()[key], lambda value: value[key], lambda value, new: with_entry(value, key, new))
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        tape = pending_tape((self, key, value))
+        if tape is not None:
+            tape.record(operator.setitem, self, key, value)
+            return
         key, value = unwrap(key), unwrap(value)
         place = self._place()
         if place is not None:
@@ -298,6 +389,10 @@ class Proxy(Operators):
             self._plain()[key] = value
 
     def __delitem__(self, key: Any) -> None:
+        tape = pending_tape((self, key))
+        if tape is not None:
+            tape.record(operator.delitem, self, key)
+            return
         key = unwrap(key)
         self._change(lambda value: value.__delitem__(key))
 
@@ -313,6 +408,9 @@ class Proxy(Operators):
         return apply(function, *args)
 
     def _operate_in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        tape = pending_tape((self, other))
+        if tape is not None:
+            return tape.record(function, self, other)
         other = unwrap(other)
         if not isinstance(self._plain(), (torch.Tensor, list, dict)):
             return self._operate(function, self, other)
@@ -330,6 +428,9 @@ class Proxy(Operators):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        tape = pending_tape((args, kwargs))
+        if tape is not None:
+            return tape.record(func, *args, **kwargs)
         first = args[0] if args else None
         if not isinstance(first, Proxy) or not first._scope.open:
             return apply(func, *args, **kwargs)
@@ -358,6 +459,9 @@ class Proxy(Operators):
         return repr(self) if self._value is _RELEASED else str(self._value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape = pending_tape((self, args, kwargs))
+        if tape is not None:
+            return tape.record(_call, self, *args, **kwargs)
         return apply_in(self._scope, self._plain(), *args, **kwargs)
 
 
@@ -381,6 +485,10 @@ def save(value: Any) -> Any:
         for entry in value.values():
             save(entry)
     return value
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def _itself(value: Any) -> Any:

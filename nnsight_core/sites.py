@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 
 # Frames of these packages are never the user's line: the engine itself, and what calls back into it.
@@ -59,8 +62,25 @@ def _is_library_frame(frame: FrameType) -> bool:
     return found
 
 
+_recorded = threading.local()
+
+
+@contextmanager
+def on_behalf_of(site: Site) -> Iterator[None]:
+    """While it lasts, what happens is the doing of the line ``site``, where it was recorded."""
+    before = getattr(_recorded, "site", None)
+    _recorded.site = site
+    try:
+        yield
+    finally:
+        _recorded.site = before
+
+
 def user_site() -> Site:
-    """The innermost line of code on the stack that is not a library's."""
+    """The line of the user's own code that is at work: the innermost on the stack that is not a library's."""
+    recorded: Site | None = getattr(_recorded, "site", None)
+    if recorded is not None:
+        return recorded
     frame: FrameType | None = sys._getframe(1)
     last = frame
     while frame is not None:

@@ -16,6 +16,8 @@ class TokenIndex:
         self._proxy = proxy
 
     def __call__(self) -> Any:
+        if self._proxy.is_pending:
+            return self._proxy.defer(_transposed)
         return self._proxy.__getattr__("t")()
 
     def _key(self, token: Any) -> tuple[Any, Any]:
@@ -42,7 +44,24 @@ class TokenIndex:
         return (rows if index.ndim == 1 else rows[:, None], index)
 
     def __getitem__(self, token: Any) -> Any:
+        if self._proxy.is_pending:
+            return self._proxy.defer(_get_tokens, token)
         return self._proxy[self._key(token)]
 
     def __setitem__(self, token: Any, value: Any) -> None:
+        if self._proxy.is_pending:
+            self._proxy.defer(_set_tokens, token, value)
+            return
         self._proxy[self._key(token)] = value
+
+
+def _get_tokens(proxy: Any, token: Any) -> Any:
+    return proxy.t[token]
+
+
+def _set_tokens(proxy: Any, token: Any, value: Any) -> None:
+    proxy.t[token] = value
+
+
+def _transposed(proxy: Any) -> Any:
+    return proxy.t()

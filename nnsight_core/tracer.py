@@ -1,38 +1,21 @@
-"""One ``with`` block: the body runs live, and the model's forward pass runs when it is asked for values."""
+"""``with`` blocks: a trace, and the invokes in it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from nnsight_core.current import OpenTrace, closed, opened
+from nnsight_core.current import closed, opened
 from nnsight_core.envoy import Envoy
-from nnsight_core.interleaver import Interleaver, OrderWitness
-from nnsight_core.order import observed_order
-from nnsight_core.proxy import Scope, save
+from nnsight_core.errors import MissingInputError
+from nnsight_core.passes import Call, Part, Pass
+from nnsight_core.proxy import save
+from nnsight_core.rows import rows_of
+from nnsight_core.tape import Tape
 
-
-@dataclass(frozen=True)
-class Call:
-    """A call of the model, ready to be made.
-
-    Args:
-        function: what is called, the module itself as a rule.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        padding: how many padding tokens stand left of each prompt, if the input is a batch of prompts.
-        prompt_length: the length of the padded prompts.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    padding: Sequence[int] | None = None
-    prompt_length: int = 0
+Prepare = Callable[..., Call]
+Combine = Callable[["list[Call]"], "tuple[Call, list[int]]"]
 
 
 class Tracer:
@@ -43,66 +26,186 @@ class Tracer:
     Args:
         model: the root of the model that is traced.
         prepare: turns what the user gave into the call to make; runs when the block is entered.
+        combine: makes one call of several, and says how many rows each has.
+        has_input: False where the inputs are to come from invokes.
+        counts_steps: the call may run the model several times.
     """
 
-    def __init__(self, model: Envoy, prepare: Callable[[], Call]) -> None:
+    def __init__(
+        self, model: Envoy, prepare: Prepare, combine: Combine, has_input: bool, counts_steps: bool = False
+    ) -> None:
         self._model = model
+        self._root = model._tree.root
         self._prepare = prepare
-        self._thread = 0
-        self._trace: OpenTrace | None = None
-        self._forward: Any = None
+        self._combine = combine
+        self._has_input = has_input
+        self._counts_steps = counts_steps
+        self._entered = False
+        self._pass: Pass | None = None
+        self._batch = Call(_nothing)
+        #: The bodies gathered for the next pass, all that there have been, and the one being written.
+        self._gathered: list[Part] = []
+        self._parts: list[Part] = []
+        self._current: Part | None = None
+        #: How often the model has been run.
+        self.forward_passes = 0
 
     def __enter__(self) -> Tracer:
-        if self._trace is not None:
+        if self._entered:
             raise RuntimeError("This trace is open already. Call .trace(...) again for another one.")
-        call = self._prepare()
-        scope = Scope()
-        scope.inputs = call.kwargs
-        scope.padding, scope.prompt_length = call.padding, call.prompt_length
-        root = self._model._tree.root
-        run = partial(call.function, *call.args, **call.kwargs)
-        witness = OrderWitness(partial(observed_order, root, call.function, call.args, call.kwargs))
-        interleaver = Interleaver(run, witness)
-        self._forward = interleaver.own()
-        self._thread = threading.get_ident()
-        self._trace = OpenTrace(root, interleaver, scope)
-        opened(self._trace)
+        self._entered = True
+        if self._has_input:
+            try:
+                part = Part(self._root, self._prepare())
+                self._begin(part)
+                self._start_pass(part)
+            except BaseException:
+                self._close()
+                raise
         return self
+
+    def _begin(self, part: Part) -> None:
+        self._gathered.append(part)
+        self._parts.append(part)
+        self._current = part
+        opened(part)
+
+    def _start_pass(self, live: Part | None) -> None:
+        parts, self._gathered = self._gathered, []
+        calls = [part.call for part in parts if part.call is not None]
+        if not calls:
+            raise MissingInputError()
+        batch, sizes = (calls[0], [1]) if len(calls) == 1 else self._combine(calls)
+        rows = iter(rows_of(sizes))
+        for part in parts:
+            part.place(None if part.call is None else next(rows), batch)
+        self._run(batch, parts, live)
+
+    def _run(self, batch: Call, parts: list[Part], live: Part | None) -> None:
+        self.forward_passes += 1
+        self._batch = batch
+        self._pass = Pass(batch, parts, self._root, self._counts_steps)
+        self._pass.start(live)
+
+    def _finish_pass(self) -> None:
+        done: list[Part] | None = None
+        while self._pass is not None:
+            running, self._pass = self._pass, None
+            try:
+                again = running.finish()
+            except BaseException:
+                running.unwind()
+                raise
+            if again and again == done:
+                raise RuntimeError("These invokes wait for values of each other, and no order of passes serves them.")
+            if again:
+                # They need values that came too late for them in this pass; now these are there.
+                done = again
+                self._run(self._batch, again, None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        trace = self._trace
-        assert trace is not None
         try:
             if kind is None:
-                trace.interleaver.finish()
-            else:
-                trace.interleaver.unwind()
+                self._finish_pass()
+                if self._gathered:
+                    self._start_pass(None)
+                    self._finish_pass()
+                elif not self._parts:
+                    raise MissingInputError()
         finally:
-            self._close(trace)
+            self._close()
 
-    def _close(self, trace: OpenTrace) -> None:
-        closed(trace)
-        trace.scope.close()
-        self._trace = None
-        self._forward = None
+    def _close(self) -> None:
+        try:
+            if self._pass is not None:
+                self._pass.unwind()
+        finally:
+            self._pass = None
+            for part in self._parts:
+                closed(part)
+                part.scope.close()
+            self._parts = []
+            self._gathered = []
+            self._current = None
+            self._entered = False
 
     def __del__(self) -> None:
-        trace = getattr(self, "_trace", None)
-        if trace is None:
+        if getattr(self, "_entered", False):
+            self._close()
+
+    # Invokes.
+
+    def invoke(self, *inputs: Any, **kwargs: Any) -> Invoker:
+        """A block for one input of several, which are put together into one forward pass.
+
+        Each block sees the rows of its own input. A block without input sees the whole batch. Values of one block may be
+        used in another; where the model cannot serve both in one pass, there are two.
+
+        >>> with model.trace() as tracer:  # doctest: +SKIP
+        ...     with tracer.invoke("The Eiffel Tower is in the city of"):
+        ...         clean = model.layers_output[3]
+        ...     with tracer.invoke("The Colosseum is in the city of"):
+        ...         model.layers_output[3] = clean
+        ...         patched = model.logits.save()
+        """
+        return Invoker(self, inputs, kwargs)
+
+    def _enter_invoke(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._has_input:
+            raise RuntimeError("This trace has an input already. Open it with model.trace() to give it invokes.")
+        if self._current is not None:
+            raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
+        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
+        part.record(self)
+        self._begin(part)
+
+    def _exit_invoke(self, failed: bool) -> None:
+        part, self._current = self._current, None
+        assert part is not None
+        closed(part)
+        if part.live is not None and not failed:
+            self._finish_pass()
+
+    def tape_for(self, tape: Tape) -> Tape:
+        """The tape of the invoke that is being written."""
+        current = self._current
+        return tape if current is None or current.tape is None else current.tape
+
+    def force(self, tape: Tape) -> None:
+        """Python looks at a pending value: run what has been gathered, and let the body go on live."""
+        current = self._current
+        if self._pass is not None:
+            while self._pass.serves(tape):
+                self._pass.run_until_arrival(tape)
             return
-        if threading.get_ident() == self._thread:
-            trace.interleaver.unwind()
-        else:
-            # Only its own thread may resume the forward pass; the hooks can go from anywhere.
-            trace.interleaver.abandon()
-        self._close(trace)
+        if current is not None and (current.tape is not tape or tape.needs_others()):
+            # The others do not need this body, so they go first, and it can still be in time for everything.
+            self._gathered.remove(current)
+            if self._gathered:
+                self._start_pass(None)
+                self._finish_pass()
+            self._gathered.append(current)
+        if current is None or current.tape is tape:
+            self._start_pass(current)
+        if current is None:
+            self._finish_pass()
+
+    def barrier(self, count: int = 0) -> Callable[[], None]:
+        """Accepted for scripts that have one: values cross between invokes by themselves."""
+        return lambda: None
+
+    # Everything else.
 
     def stop(self) -> None:
         """End the forward pass here. Nothing that comes later in the model is computed; what was read stays."""
-        assert self._trace is not None, "stop() belongs inside the trace."
-        self._trace.interleaver.stop()
+        if self._pass is None:
+            if self._current is None:
+                raise RuntimeError("stop() belongs inside the trace, after the values that you need.")
+            self._start_pass(self._current)
+        assert self._pass is not None
+        self._pass.interleaver.stop()
 
     @property
     def output(self) -> Any:
@@ -118,3 +221,23 @@ class Tracer:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._model, name)
+
+
+class Invoker:
+    """What ``with tracer.invoke(...)`` opens."""
+
+    def __init__(self, tracer: Tracer, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tracer = tracer
+        self._inputs = inputs
+        self._kwargs = kwargs
+
+    def __enter__(self) -> Invoker:
+        self._tracer._enter_invoke(self._inputs, self._kwargs)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        self._tracer._exit_invoke(failed=kind is not None)
+
+
+def _nothing() -> None:
+    return None

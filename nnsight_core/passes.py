@@ -1,0 +1,168 @@
+"""One pass: a run of the model, and the parts of a script that take their values from it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from nnsight_core.events import Event
+from nnsight_core.interleaver import Asked, ForwardPass, Interleaver, LiveClient, OrderWitness
+from nnsight_core.order import observed_order
+from nnsight_core.proxy import Proxy, Scope
+from nnsight_core.rows import Rows
+from nnsight_core.tape import Recorder, Tape, TapeClient
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model, ready to be made.
+
+    Args:
+        function: what is called, the module itself as a rule.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        padding: how many padding tokens stand left of each prompt, if the input is a batch of prompts.
+        prompt_length: the length of the padded prompts.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    padding: Sequence[int] | None = None
+    prompt_length: int = 0
+
+
+class Part:
+    """One body of a script: the inputs that it speaks of, and how far it is.
+
+    Args:
+        root: the model.
+        call: its input, prepared; None for a body that sees the whole batch.
+    """
+
+    def __init__(self, root: torch.nn.Module, call: Call | None) -> None:
+        self.root = root
+        self.call = call
+        self.scope = Scope()
+        self.tape: Tape | None = None
+        self.live: LiveClient | None = None
+        self.rows: Rows | None = None
+        #: The run of the model that values are asked of, where a pass may run it several times.
+        self.step: int | None = 0
+
+    def record(self, recorder: Recorder) -> None:
+        """From now on, what is done with values is recorded."""
+        self.tape = Tape(self.scope, recorder)
+
+    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+        """The value asked for: present if this body runs live, else pending."""
+        if self.live is None:
+            assert self.tape is not None
+            return self.tape.ask(asked, kind)
+        return self.proxy(self.live.ask(asked), kind)
+
+    def proxy(self, event: Event, kind: type[Proxy]) -> Proxy:
+        """The proxy of what ``event`` gives, cut to this body's rows."""
+        origin = event.origin(self.rows)
+        return self.scope.proxy(origin.read(), origin, kind)
+
+    def place(self, rows: Rows | None, batch: Call) -> None:
+        """Say where in the batch this body's input stands."""
+        self.rows = None if rows is None or rows.size == rows.total else rows
+        self.scope.inputs = batch.kwargs if self.rows is None else self.rows.take(batch.kwargs)
+        padding = batch.padding
+        if padding is not None and self.rows is not None:
+            padding = padding[self.rows.start : self.rows.start + self.rows.size]
+        self.scope.padding, self.scope.prompt_length = padding, batch.prompt_length
+
+
+class Pass:
+    """A run of the model with its clients.
+
+    Args:
+        call: the call to make.
+        parts: the bodies that it serves, in their order.
+        root: the model.
+        counts_steps: the call may run the model several times.
+    """
+
+    def __init__(self, call: Call, parts: Sequence[Part], root: torch.nn.Module, counts_steps: bool = False) -> None:
+        run = partial(call.function, *call.args, **call.kwargs)
+        witness = OrderWitness(partial(observed_order, root, call.function, call.args, call.kwargs))
+        self.interleaver = Interleaver(run, witness, root if counts_steps else None)
+        self.forward: ForwardPass = self.interleaver.own()
+        self._parts = parts
+        self._thread = threading.get_ident()
+        self._clients: dict[Tape, TapeClient] = {}
+        self._by_part: dict[Part, TapeClient] = {}
+
+    def start(self, live: Part | None) -> None:
+        """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
+        for part in self._parts:
+            if part.tape is not None:
+                client = TapeClient(part.tape, self.interleaver, part.proxy)
+                self._clients[part.tape] = self._by_part[part] = client
+                if part is not live:
+                    client.run(self._clients)
+        if live is None:
+            return
+        live.live = LiveClient(self.interleaver)
+        if live.tape is not None:
+            self._by_part[live].play(live.ask)
+            live.tape = None
+
+    def run_until_arrival(self, tape: Tape) -> None:
+        """The live body looks at a value of another body: let the model run until the next one has arrived there."""
+        client = self._clients.get(tape)
+        if client is not None and not client.done:
+            client.follow(_BodyFollows(self.interleaver))
+            self.interleaver.give_turn()
+
+    def serves(self, tape: Tape) -> bool:
+        """Whether values may still arrive on ``tape`` in this pass."""
+        client = self._clients.get(tape)
+        return client is not None and not client.done and not client.deferred and not self.forward.dead
+
+    def finish(self) -> list[Part]:
+        """Run to the end; gives the bodies that could not be done in this pass."""
+        try:
+            self.interleaver.finish()
+        finally:
+            self._drop()
+        undone = {part: client for part, client in self._by_part.items() if not client.done}
+        if self.interleaver.stopped_at is not None:
+            for client in undone.values():
+                if client.waits_for is not None:
+                    raise self.interleaver.missing(client, client.waits_for)
+        return list(undone)
+
+    def unwind(self) -> None:
+        """Leave the pass where it stands."""
+        try:
+            if threading.get_ident() == self._thread:
+                self.interleaver.unwind()
+            else:
+                # Only its own thread may resume the forward pass; the hooks can go from anywhere.
+                self.interleaver.end()
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        for part in self._parts:
+            part.live = None
+
+
+class _BodyFollows:
+    """Gives the body of the live trace its turn when a value has arrived."""
+
+    def __init__(self, interleaver: Interleaver) -> None:
+        self._interleaver = interleaver
+
+    def run(self, clients: dict[Tape, TapeClient]) -> None:
+        """A value has arrived."""
+        self._interleaver.hand_over()

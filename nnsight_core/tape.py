@@ -1,0 +1,272 @@
+"""A tape: what was done with values that cannot exist yet, to be done when they arrive.
+
+A tape is a straight-line program in program order. Running it does to the values exactly what the body of a live trace
+would have done, by way of the same proxies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nnsight_core.errors import NNsightError, OrderError
+from nnsight_core.events import Event
+from nnsight_core.interleaver import Asked, Interleaver
+from nnsight_core.proxy import PENDING, Proxy, Scope, arrive
+from nnsight_core.sites import Site, on_behalf_of, user_site
+
+
+class Instruction:
+    """One step of a tape.
+
+    Args:
+        asked: the value to wait for, if the step is to ask the model for one.
+        function: what is called otherwise.
+        args: its arguments, with proxies for what earlier steps give.
+        kwargs: its keyword arguments.
+        result: the pending proxy that stands for what the step gives.
+        site: the user's line.
+    """
+
+    __slots__ = ("args", "asked", "function", "kwargs", "result", "site")
+
+    def __init__(
+        self,
+        asked: Asked | None,
+        function: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Proxy,
+        site: Site,
+    ) -> None:
+        self.asked = asked
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.result = result
+        self.site = site
+
+
+class Recorder(Protocol):
+    """Who knows on which tape a step belongs, and what to do when Python looks at a pending value."""
+
+    def tape_for(self, tape: Tape) -> Tape:
+        """The tape that is being recorded now; ``tape`` itself if none is."""
+
+    def force(self, tape: Tape) -> None:
+        """Make the values of ``tape`` arrive."""
+
+
+class Tape:
+    """A recorded program.
+
+    Args:
+        scope: where its values live.
+        recorder: asked when a step is to be recorded, or a pending value looked at.
+    """
+
+    def __init__(self, scope: Scope, recorder: Recorder) -> None:
+        self.scope = scope
+        self.instructions: list[Instruction] = []
+        # Weak: suspended frames hold the tape, and a trace that is dropped half-way must not be held by them.
+        self._recorder = weakref.ref(recorder)
+
+    def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
+        """Note a call for later; gives the pending proxy of its result."""
+        recorder = self._recorder()
+        tape = self if recorder is None else recorder.tape_for(self)
+        return tape._add(None, function, args, kwargs, Proxy)
+
+    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+        """Note a question to the model for later; gives the pending proxy of the answer."""
+        return self._add(asked, None, (), {}, kind)
+
+    def _add(
+        self,
+        asked: Asked | None,
+        function: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type[Proxy],
+    ) -> Proxy:
+        result = self.scope.pending(self, kind)
+        site = asked.site if asked else user_site()
+        self.instructions.append(Instruction(asked, function, args, kwargs, result, site))
+        return result
+
+    def force(self) -> None:
+        """Python looks at a pending value: let it arrive."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.force(self)
+
+    def needs_others(self) -> bool:
+        """Whether a step needs a value that has yet to arrive on another tape."""
+
+        def pending(value: Any) -> bool:
+            if issubclass(type(value), Proxy):
+                return value._value is PENDING and value._tape is not self
+            if type(value) in (tuple, list):
+                return any(pending(entry) for entry in value)
+            return type(value) is dict and any(pending(entry) for entry in value.values())
+
+        return any(pending(step.args) or pending(step.kwargs) for step in self.instructions)
+
+
+class _NotThereYet(Exception):
+    """A step needs a value that another tape of the pass has not got yet."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        super().__init__()
+        self.proxy = proxy
+
+
+def _resolved(value: Any) -> Any:
+    """``value`` with pending proxies replaced by what has arrived for them."""
+    kind = type(value)
+    if issubclass(kind, Proxy):
+        if value._tape is None:
+            return value
+        if value._value is PENDING:
+            raise _NotThereYet(value)
+        return value._live
+    if kind in (tuple, list):
+        return kind(_resolved(entry) for entry in value)
+    if kind is dict:
+        return {key: _resolved(entry) for key, entry in value.items()}
+    if kind is slice:
+        return slice(*(_resolved(entry) for entry in (value.start, value.stop, value.step)))
+    return value
+
+
+class Follower(Protocol):
+    """Somebody who waits for a value of a tape."""
+
+    def run(self, clients: dict[Tape, TapeClient]) -> None:
+        """A value has arrived."""
+
+
+class TapeClient:
+    """Runs one tape in a pass: as far as it gets, each time a value arrives.
+
+    Args:
+        tape: the program.
+        interleaver: the turns of the pass.
+        proxy: makes the live proxy of what an event gives, cut to the rows of this tape's input.
+    """
+
+    def __init__(self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event, type[Proxy]], Proxy]) -> None:
+        self.tape = tape
+        self.last_read: tuple[str, Site] | None = None
+        self._interleaver = interleaver
+        self._proxy = proxy
+        self._position = 0
+        self._followers: list[Follower] = []
+        #: It had to wait for a value of another tape, and may have been late for the model because of that.
+        self.was_blocked = False
+        #: It could not be done in this pass, and is to be done in another.
+        self.deferred = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self._position == len(self.tape.instructions)
+
+    def run(self, clients: dict[Tape, TapeClient]) -> None:
+        """Take steps until one has to wait.
+
+        Args:
+            clients: who runs the other tapes of this pass.
+        """
+        self._clients = clients
+        while not self.done and not self.deferred:
+            step = self.tape.instructions[self._position]
+            if step.asked is not None:
+                event = self._interleaver.event
+                if event is None or not self._interleaver.fits(step.asked, event):
+                    self._interleaver.wait(self, step.asked)
+                    return
+                self._answer(step, event)
+                continue
+            try:
+                assert step.function is not None
+                args, kwargs = _resolved(step.args), _resolved(step.kwargs)
+            except _NotThereYet as missing:
+                self._wait_for(missing.proxy)
+                return
+            try:
+                with on_behalf_of(step.site):
+                    result = step.function(*args, **kwargs)
+            except OrderError:
+                if not self.was_blocked:
+                    raise
+                # Not the script's fault: it had to wait for another body, and the model went by meanwhile.
+                self.deferred = True
+                return
+            except Exception as error:
+                _point_at(error, step.site)
+                raise
+            arrive(step.result, result)
+            self._position += 1
+            self._wake()
+
+    def play(self, ask: Callable[[Asked, type[Proxy]], Proxy]) -> None:
+        """Take all steps here and now, in a body that goes on live."""
+        for step in self.tape.instructions:
+            if step.asked is not None:
+                arrive(step.result, ask(step.asked, type(step.result)))
+            else:
+                assert step.function is not None
+                arrive(step.result, step.function(*_resolved(step.args), **_resolved(step.kwargs)))
+            self._position += 1
+            self._wake()
+
+    def follow(self, follower: Follower) -> None:
+        """Tell ``follower`` when the next value has arrived."""
+        self._followers.append(follower)
+
+    @property
+    def waits_for(self) -> Asked | None:
+        """What the next step asks the model for, if it does."""
+        return None if self.done else self.tape.instructions[self._position].asked
+
+    def _wait_for(self, proxy: Proxy) -> None:
+        self.was_blocked = True
+        other = self._clients.get(proxy._tape)
+        if other is None or other.deferred:
+            self.deferred = True
+        else:
+            other._followers.append(self)
+
+    def _wake(self) -> None:
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower.run(self._clients)
+
+    def _answer(self, step: Instruction, event: Event) -> None:
+        assert step.asked is not None
+        self.last_read = step.asked.label, step.asked.site
+        arrive(step.result, self._proxy(event, type(step.result)))
+        self._position += 1
+        self._wake()
+
+    def advance(self, event: Event) -> None:
+        """The value that the next step asks for is there."""
+        self._answer(self.tape.instructions[self._position], event)
+        self.run(self._clients)
+
+    def missed(self, error: NNsightError) -> None:
+        """The value that the next step asks for cannot come in this pass."""
+        if not self.was_blocked:
+            raise error
+        self.deferred = True
+
+
+def _point_at(error: Exception, site: Site) -> None:
+    """Say on which line of the user's the step stands: the traceback shows where it was run instead."""
+    note = f"This step was written at {site.short}: {site.source}"
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
