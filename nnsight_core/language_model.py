@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nnsight_core.batching import joined
@@ -215,3 +220,17 @@ def _check_folder(name: str | Path, known: Sequence[str]) -> None:
         raise ModelNotFoundError(str(name), "this folder has no config.json.", known)
     if isinstance(name, Path) and not folder.exists():
         raise ModelNotFoundError(str(name), "there is no such folder.", known)
+    if not folder.exists():
+        _check_hub(str(name), known)
+
+
+def _check_hub(name: str, known: Sequence[str]) -> None:
+    """Say at once that the hub is out of reach; asking it for each file would try for half a minute."""
+    url = urlsplit(ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        socket.create_connection((str(url.hostname), url.port or 443), timeout=5).close()
+    except OSError:
+        reason = f"there is no such folder, it is not in the cache, and {url.hostname} cannot be reached."
+        raise ModelNotFoundError(name, reason, known) from None

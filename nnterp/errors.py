@@ -22,6 +22,8 @@ NnterpError
     +-- ShapeError              a value of the wrong shape for its place
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
+    +-- RemoteNotAvailableError a computation was to run on another machine
+    +-- TopCountError           more of the most probable tokens than there are, or none
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ __all__ = [
     "ModulePathError",
     "NnterpError",
     "PositionError",
+    "RemoteNotAvailableError",
     "RenamingError",
     "ShapeError",
     "SpecError",
     "SpecSyntaxError",
     "SpecValueError",
     "SteeringVectorError",
+    "TopCountError",
     "UnknownArchitectureError",
     "UnknownKeyError",
     "UnknownNameError",
@@ -335,3 +339,20 @@ class SteeringVectorError(UsageError, ValueError):
 
 class PositionError(UsageError, IndexError):
     """A position or a prompt that is not there."""
+
+
+class RemoteNotAvailableError(UsageError):
+    """A computation was to run on another machine."""
+
+    def __init__(self, asked: str) -> None:
+        super().__init__(
+            f"{asked}(..., remote=True): running on a remote server is not available.\n"
+            "Leave out remote=True to run the model on this machine."
+        )
+
+
+class TopCountError(UsageError, ValueError):
+    """More of the most probable tokens were asked for than there are, or none."""
+
+    def __init__(self, k: int, vocab_size: int) -> None:
+        super().__init__(f"The {k} most probable tokens were asked for.\nGive a number from 1 to {vocab_size}.")

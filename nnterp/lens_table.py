@@ -49,27 +49,22 @@ def lens_table(lens: LensResult, top: int | None = None, width: int | None = Non
     """
     width = max(1, shutil.get_terminal_size().columns if width is None else width)
     encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
-    texts = [[visible(text, encoding) for text in layer[-1][:top]] for layer in lens.top_tokens]
-    probs = [[f"{prob:.2f}" for prob in layer] for layer in lens.top_probs[:, -1, :top].tolist()]
-    names = _column([visible(name, encoding, {}) for name in lens.layer_names], encoding, width)
-    lines = names
-    for rank in range(len(texts[0])):
-        numbers = [row[rank] for row in probs]
-        room = width - cells(lines[0]) - len(" | ") - len(" 0.00")
-        tokens = _column([row[rank] for row in texts], encoding, min(TOKEN_COLUMNS, max(1, room)))
-        wider = [f"{line} | {token} {number}" for line, token, number in zip(lines, tokens, numbers, strict=True)]
-        # A column is cut short for the first token alone: of the others, half a token says less than none.
-        if rank > 0 and (cells(wider[0]) > width or cells(tokens[0]) < min(TOKEN_COLUMNS, _widest(texts, rank))):
+    layers = [layer[-1][:top] for layer in lens.top_tokens]
+    probs = lens.top_probs[:, -1, :top].tolist()
+    lines = _column([visible(name, encoding, {}) for name in lens.layer_names], encoding, width)
+    shown: list[str] = []
+    for rank in range(len(layers[0])):
+        tokens = [layer[rank] for layer in layers]
+        room = max(1, width - cells(lines[0]) - len(" |  0.00"))
+        texts = [visible(token, encoding) for token in tokens]
+        # The first token is there at any width, cut if need be; of the others, half a token says less than none.
+        if rank > 0 and room < min(TOKEN_COLUMNS, max(map(cells, texts))):
             break
-        lines = wider
-    lines = [fit(line.rstrip(), width, encoding) for line in lines]
-    shown = [row[: lines[0].count(" | ")] for row in (layer[-1] for layer in lens.top_tokens)]
-    legend = f"{marks_legend([text for row in shown for text in row], encoding)}. The last line is the model's own prediction."
-    return "\n".join([*lines, *textwrap.wrap(legend, width)]) + "\n"
-
-
-def _widest(texts: Sequence[Sequence[str]], rank: int) -> int:
-    return max(cells(row[rank]) for row in texts)
+        column = _column(texts, encoding, min(TOKEN_COLUMNS, room))
+        lines = [f"{line} | {text} {prob[rank]:.2f}" for line, text, prob in zip(lines, column, probs, strict=True)]
+        shown += tokens
+    legend = f"{marks_legend(shown, encoding)}. The last line is the model's own prediction."
+    return "\n".join([*(fit(line, width, encoding) for line in lines), *textwrap.wrap(legend, width)]) + "\n"
 
 
 def _column(texts: Sequence[str], encoding: str, limit: int) -> list[str]:

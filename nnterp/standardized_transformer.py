@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer
 from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
 from nnterp.architectures import spec_for, spec_from_file
@@ -172,5 +173,8 @@ def _load(
     place: str | Path = name
     if isinstance(name, str) and not Path(name).is_dir():
         place = demo_model_path(name) or name
+        if place == name and name.startswith("demo-"):
+            # These names are the package's own, so the hub need not be asked for one that is mistyped.
+            raise ModelNotFoundError(name, "no model of this name comes with the package.", DEMO_MODELS)
     module = load_model(place, DEMO_MODELS, trust_remote_code=trust_remote_code, **kwargs)
     return module, tokenizer or load_tokenizer(place, trust_remote_code=trust_remote_code)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight_core.proxy import apply
+from nnterp.errors import TopCountError
+from nnterp.token_text import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,7 @@ class Vocabulary:
     _plan: RenamePlan
     _spec: ArchitectureSpec
     tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
 
     def project_on_vocab(self, hidden_state: Any) -> Any:
         """The logits that a hidden state would give if it were the last layer's output.
@@ -66,8 +69,8 @@ class Vocabulary:
         return found
 
     def token_text(self, token: int) -> str:
-        """How a token reads; without a tokenizer, its number."""
-        return f"#{token}" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+        """How a token reads, its space included; bytes that are only part of a character read ``<0xE2>``."""
+        return token_text(self.tokenizer, int(token))
 
     def get_topk_closest_tokens(self, hidden_state: Any, k: int = 5) -> Any:
         """The ``k`` most probable tokens that a hidden state gives through the unembedding.
@@ -85,9 +88,12 @@ class Vocabulary:
         Returns:
             a dict from token text to probability (0 to 1), most probable first; for (batch, hidden) a list of them, and
             so on for each further axis.
+
+        Raises:
+            TopCountError: ``k`` is out of range.
         """
-        if not 1 <= k <= self.vocab_size:  # type: ignore[attr-defined]
-            raise ValueError(f"k is {k}, but it can be 1 to {self.vocab_size}, the size of the vocabulary.")  # type: ignore[attr-defined]
+        if not 1 <= k <= self.vocab_size:
+            raise TopCountError(k, self.vocab_size)
         plain = hidden_state.value if hasattr(hidden_state, "save") else hidden_state
         with torch.no_grad():
             top = self.project_on_vocab(plain).softmax(-1).topk(k)

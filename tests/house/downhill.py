@@ -27,6 +27,7 @@ ORDER = (
     "nnterp/attention.py",
     "nnterp/residual_stream.py",
     "nnterp/vocabulary.py",
+    "nnterp/token_text.py",
     "nnterp/accessors.py",
     "nnterp/rename.py",
     "nnterp/dimensions.py",

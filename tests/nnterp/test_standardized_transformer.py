@@ -110,7 +110,7 @@ def test_the_closest_tokens_of_a_hidden_state(demo_gpt2: StandardizedTransformer
         assert list(row.values()) == pytest.approx(probabilities.topk(3).values.tolist(), rel=1e-4)
         assert list(row) == [demo_gpt2.tokenizer.decode([i]) for i in probabilities.topk(3).indices.tolist()]
     assert demo_gpt2.get_topk_closest_tokens(hidden[0], k=3) == found[0]
-    with pytest.raises(ValueError, match="can be 1 to"):
+    with pytest.raises(ValueError, match="Give a number from 1 to"):
         demo_gpt2.get_topk_closest_tokens(hidden, k=0)
 
 

@@ -1,0 +1,235 @@
+"""The command line: what it prints, and how it says what went wrong."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CTRLConfig, CTRLLMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from nnterp import command_line
+from nnterp.architectures import load_specs
+from nnterp.command_line import main
+from tests.families import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer for which every byte is a token."""
+    vocab = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("gpt2").save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_the_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lens", "The Tower", "--model", model, "--top", "2"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == 'tiny after "The Tower"'
+    assert [line[:7] for line in lines[1:4]] == ["layer 0", "layer 1", "layer 2"]
+    assert all(line.count(" | ") == 2 for line in lines[1:4])
+    assert lines[4].startswith("␣ is a space")
+    # Nothing from the libraries underneath, and no progress bar where nobody sits at a terminal.
+    assert err == ""
+
+
+def test_the_heat_map(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "lens.html"
+    assert main(["lens", "Tower", "--model", model, "--html", str(page), "--top", "1"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<title>tiny: Tower</title>" in text
+    # The boxes of the heat map show five, however few the table does.
+    assert text.count("<li>") == 3 * len("Tower") * 5
+    assert capsys.readouterr().out.endswith(f"heat map: {page}\n")
+
+
+def test_several_prompts_number_their_heat_maps(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lens", "one", "two", "--model", model, "--html", str(tmp_path / "lens.html")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lens-1.html", "lens-2.html"]
+    assert "tiny: two" in (tmp_path / "lens-2.html").read_text(encoding="utf-8")
+    out = capsys.readouterr().out
+    assert 'tiny after "one"' in out and '\n\ntiny after "two"' in out
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "lens" in capsys.readouterr().out
+    assert main(["lens", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "demo-llama" in out and 'nnterp lens "The Eiffel Tower is in the city of" --html lens.html' in out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("nnterp ")
+
+
+def test_the_default_model_is_the_demo_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def opened(name: str) -> None:
+        asked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "StandardizedTransformer", opened)
+    assert main(["lens", "text"]) == 130
+    assert asked == ["demo-llama"]
+
+
+def test_a_long_prompt_has_its_end_in_the_heading(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lens", "a" * 100 + "\nthe end", "--model", model]) == 0
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert len(heading) == 100 and heading.startswith('tiny after "…aaa') and heading.endswith('a\\nthe end"')
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["lens", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "required: PROMPT"),
+        (("",), "the prompt is empty: give at least one character"),
+        (("text", ""), "the prompt is empty"),
+        (("text", "--top", "0"), "--top: 0 is too few: give 1 or more"),
+        (("text", "--top", "-3"), "-3 is too few"),
+        (("text", "--top", "many"), "'many' is no whole number: give 1 or more"),
+        (("text", "--no-such-option"), "unrecognized arguments"),
+    ],
+)
+def test_arguments_that_cannot_be(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    assert message in failure(capsys, *arguments)
+
+
+def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    err = failure(capsys, "text", "--model", "no-such-model")
+    assert err.startswith("nnterp: ModelNotFoundError: No model could be loaded from 'no-such-model'")
+    assert "Give a folder that holds config.json and weights" in err
+
+
+def test_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    err = failure(capsys, "text", "--model", str(tmp_path))
+    assert err.startswith("nnterp: ModelNotFoundError:") and "no config.json" in err
+
+
+def test_a_folder_without_weights(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text((Path(model) / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    assert failure(capsys, "text", "--model", str(tmp_path)).startswith("nnterp: ModelNotFoundError:")
+
+
+def test_an_architecture_that_no_specification_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ctrl" not in load_specs(), "choose another one for this test"
+    CTRLLMHeadModel(CTRLConfig(vocab_size=256, n_embd=8, dff=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    capsys.readouterr()
+    err = failure(capsys, "text", "--model", str(tmp_path))
+    assert err.startswith("nnterp: UnknownArchitectureError:") and "'ctrl'" in err and "Write a YAML file" in err
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    capsys.readouterr()
+    err = failure(capsys, "text", "--model", str(tmp_path))
+    assert err.startswith("nnterp: InputError:") and "without a tokenizer" in err
+
+
+def test_a_prompt_beyond_the_context(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = failure(capsys, "a" * 130, "--model", model)
+    assert err.startswith("nnterp: PromptTooLongError:") and "130 tokens" in err and "Shorten it by 2" in err
+
+
+def test_more_tokens_than_there_are(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Give a number from 1 to 320" in failure(capsys, "text", "--model", model, "--top", "321")
+
+
+def test_a_heat_map_that_cannot_be_written(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mend = "Give --html the name of a file, in a folder that exists"
+    err = failure(capsys, "text", "--model", model, "--html", str(tmp_path / "none" / "lens.html"))
+    assert err.startswith("nnterp: HeatMapPathError:") and "there is no folder" in err and mend in err
+    err = failure(capsys, "text", "--model", model, "--html", str(tmp_path))
+    assert "that is a folder" in err and mend in err
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    err = failure(capsys, "text", "--model", model, "--html", str(tmp_path / "lens.html"))
+    assert "No space left on device" in err and mend in err
+
+
+def test_nothing_is_left_changed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def state() -> tuple[object, ...]:
+        level = logging.getLogger("transformers").level
+        return level, transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
+
+    before = state()
+    main(["lens", "text", "--model", model])
+    main(["lens", "text", "--model", "no-such-model"])
+    assert state() == before
+
+
+def test_a_terminal_without_unicode(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="ascii"))
+    assert main(["lens", "é 日本", "--model", model]) == 0
+    text = stream.getvalue().decode("ascii")
+    assert 'tiny after "\\xe9 \\u65e5\\u672c"' in text and "_ is a space" in text
+
+
+def test_a_reader_that_goes_away(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["lens", "one", "two", "--model", model]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_that_loads_at_once_leaves_no_progress_bar(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["lens", "text", "--model", model]) == 0
+    assert terminal.getvalue().strip() == ""
+
+
+def test_as_a_program(model: str) -> None:
+    command = [sys.executable, "-m", "nnterp", "lens", "text", "--model", model]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith('tiny after "text"\n')
