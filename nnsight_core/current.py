@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from nnsight_core.interleaver import Asked
-from nnsight_core.proxy import Proxy, Scope
+from nnsight_core.proxy import Proxy
+from nnsight_core.scope import Scope
 
 
 class OpenTrace(Protocol):
@@ -27,7 +28,7 @@ class OpenTrace(Protocol):
     def step(self) -> int | None:
         """The run of the model that values are asked of, if they are counted."""
 
-    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+    def ask(self, asked: Asked) -> Proxy:
         """The value asked for, present or pending."""
 
 

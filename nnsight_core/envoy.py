@@ -10,9 +10,9 @@ import torch
 
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
-from nnsight_core.input_proxy import InputProxy
 from nnsight_core.interleaver import Asked
-from nnsight_core.proxy import Proxy, Scope, apply
+from nnsight_core.proxy import apply
+from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site
 
 Names = Mapping[str, str]
@@ -215,7 +215,7 @@ class Envoy:
         trace = self._trace(label)
         module = self._module
         asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), trace.step)
-        return trace.ask(asked, InputProxy if kind == "input" else Proxy)
+        return trace.ask(asked)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.

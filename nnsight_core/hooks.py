@@ -1,8 +1,8 @@
 """The only file that registers anything with torch.
 
-Hooks are put on demand and taken off when nobody waits for them. PyTorch decides whether a module has hooks when its call *starts*, so asking
-for a module also arms its ancestors, whose calls may be under way by the time they are asked for themselves; a module
-that nobody asked for costs nothing.
+Hooks are put on demand and taken off when nobody waits for them. PyTorch decides whether a module has hooks when its
+call *starts*, so asking for a module also arms its ancestors, whose calls may be under way by the time they are asked for
+themselves; a module that nobody asked for costs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from nnsight_core.proxy import Scope, unwrap
+from nnsight_core.proxy import unwrap
 from nnsight_core.values import map_tensors
 
 #: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
@@ -111,7 +111,7 @@ class PlainCalls:
             return None
         # torch shows keyword arguments to global hooks nowhere else than in the frame that calls them.
         kwargs = sys._getframe(1).f_locals.get("kwargs") or {}
-        found: list[Scope] = []
+        found: list[Any] = []
         plain_args = unwrap(args, found)
         for name, value in kwargs.items():
             kwargs[name] = unwrap(value, found)

@@ -35,7 +35,7 @@ class InputProxy(Proxy):
         if tape is not None:
             tape.record(InputProxy.set_call, self, value)
             return
-        value = value._get() if type(value) is InputProxy else unwrap(value)
+        value = value._get() if issubclass(type(value), InputProxy) else unwrap(value)
         if is_pair(value):
             Proxy._put(self, value)
         else:

@@ -1,8 +1,8 @@
 """Whose turn it is: the clients of a pass and the model's forward pass take turns in one thread.
 
-A client asks for values in order. The body of a live trace is one: it runs where it stands, and the forward pass runs in
-a coroutine that hands over to it when a value is there. Tapes and caches are others: they do what they have to do inside
-the hook. Early, late and never are decided here and nowhere else.
+A client asks for values in order. The body of a live trace is one: it runs where it stands, and the forward pass runs
+in a coroutine that hands over to it when a value is there. Tapes are others: they do what they have to do inside the
+hook. Early, late and never are decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ class Interleaver:
 
     def _matches(self, asked: Asked | None, module: torch.nn.Module, kind: str) -> bool:
         while asked is not None:
-            if asked.module is module and asked.kind == kind:
-                if asked.step is None or not self._counts_steps or asked.step == self.step:
-                    return True
+            in_time = asked.step is None or not self._counts_steps or asked.step == self.step
+            if in_time and asked.module is module and asked.kind == kind:
+                return True
             asked = asked.otherwise
         return False
 

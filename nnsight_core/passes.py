@@ -13,8 +13,9 @@ import torch
 from nnsight_core.events import Event
 from nnsight_core.interleaver import Asked, ForwardPass, Interleaver, LiveClient, OrderWitness
 from nnsight_core.order import observed_order
-from nnsight_core.proxy import Proxy, Scope
+from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
+from nnsight_core.scope import Scope
 from nnsight_core.tape import Recorder, Tape, TapeClient
 
 
@@ -49,6 +50,7 @@ class Part:
         self.root = root
         self.call = call
         self.scope = Scope()
+        self.scope.inputs = {} if call is None else call.kwargs
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -59,17 +61,17 @@ class Part:
         """From now on, what is done with values is recorded."""
         self.tape = Tape(self.scope, recorder)
 
-    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+    def ask(self, asked: Asked) -> Proxy:
         """The value asked for: present if this body runs live, else pending."""
         if self.live is None:
             assert self.tape is not None
-            return self.tape.ask(asked, kind)
-        return self.proxy(self.live.ask(asked), kind)
+            return self.tape.ask(asked)
+        return self.proxy(self.live.ask(asked))
 
-    def proxy(self, event: Event, kind: type[Proxy]) -> Proxy:
+    def proxy(self, event: Event) -> Proxy:
         """The proxy of what ``event`` gives, cut to this body's rows."""
         origin = event.origin(self.rows)
-        return self.scope.proxy(origin.read(), origin, kind)
+        return self.scope.proxy(origin.read(), origin, is_call=event.kind == "input")
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""

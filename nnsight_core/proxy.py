@@ -8,8 +8,8 @@ trace ends, a proxy that was saved becomes as good as its plain value, and one t
 from __future__ import annotations
 
 import operator
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ import torch
 from nnsight_core.errors import ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
-from nnsight_core.saveable import as_plain_result
-from nnsight_core.sites import Site, user_site
+from nnsight_core.sites import Site
 from nnsight_core.token_index import TokenIndex
 from nnsight_core.values import (
     own_copy,
@@ -29,65 +28,8 @@ from nnsight_core.values import (
 
 #: Stands in a proxy for a value that has yet to arrive.
 PENDING: Any = type("Pending", (), {"__repr__": lambda self: "<pending>"})()
-_RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
+RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 _set = object.__setattr__
-
-
-class Scope:
-    """The life of the values of one trace: all its proxies are made here and let go here."""
-
-    __slots__ = ("_limit", "_made", "inputs", "open", "padding", "prompt_length")
-
-    def __init__(self) -> None:
-        self.open = True
-        self._made: list[weakref.ref[Proxy]] = []
-        self._limit = 4096
-        #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
-        self.inputs: Mapping[str, Any] = {}
-        self.padding: Sequence[int] | None = None
-        self.prompt_length = 0
-
-    def proxy(self, value: Any, origin: Origin | None = None, kind: type[Proxy] | None = None) -> Proxy:
-        """A proxy of ``value`` that lives in this scope."""
-        made = Proxy.__new__(kind or Proxy)
-        _set(made, "_value", value)
-        _set(made, "_scope", self)
-        _set(made, "_origin", origin)
-        _set(made, "_site", user_site())
-        _set(made, "_saved", False)
-        _set(made, "_tape", None)
-        _set(made, "_live", None)
-        self._made.append(weakref.ref(made))
-        if len(self._made) > self._limit:
-            self._made = [each for each in self._made if each() is not None]
-            self._limit = max(4096, 2 * len(self._made))
-        return made
-
-    def pending(self, tape: Any, kind: type[Proxy]) -> Proxy:
-        """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
-        made = self.proxy(PENDING, None, kind)
-        _set(made, "_tape", tape)
-        return made
-
-    def wrap(self, value: Any, origin: Origin | None = None) -> Any:
-        """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
-        if isinstance(value, Proxy) or callable(value):
-            return value
-        as_plain = as_plain_result(value)
-        return self.proxy(value, origin) if as_plain is NotImplemented else as_plain
-
-    def close(self) -> None:
-        """End the scope: proxies that were not saved lose their values."""
-        self.open = False
-        for reference in self._made:
-            proxy = reference()
-            if proxy is None:
-                continue
-            _set(proxy, "_origin", None)
-            _set(proxy, "_live", None)
-            if not proxy._saved:
-                _set(proxy, "_value", _RELEASED)
-        self._made.clear()
 
 
 def plain(value: Any) -> Any:
@@ -99,7 +41,7 @@ def plain(value: Any) -> Any:
     return value._get() if isinstance(value, Proxy) else value
 
 
-def unwrap(value: Any, scopes: list[Scope] | None = None) -> Any:
+def unwrap(value: Any, scopes: list[Any] | None = None) -> Any:
     """``value`` with every proxy inside tuples, lists, dicts and slices replaced by its value.
 
     The scopes of the proxies that were met are added to ``scopes``.
@@ -140,14 +82,6 @@ def pending_tape(value: Any) -> Any:
     return None
 
 
-def arrive(proxy: Proxy, live: Any) -> None:
-    """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
-    is_proxy = isinstance(live, Proxy)
-    _set(proxy, "_value", live._get() if is_proxy else live)
-    _set(proxy, "_origin", live._origin if is_proxy else None)
-    _set(proxy, "_live", live)
-
-
 def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` on the values of proxies, wherever they stand in the arguments.
 
@@ -156,7 +90,7 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     tape = pending_tape((args, kwargs))
     if tape is not None:
         return tape.record(function, *args, **kwargs)
-    scopes: list[Scope] = []
+    scopes: list[Any] = []
     result = function(*unwrap(args, scopes), **(unwrap(kwargs, scopes) if kwargs else kwargs))
     return scopes[0].wrap(result) if scopes else result
 
@@ -172,9 +106,9 @@ class Proxy(Operators):
     torch.Size([1, 2])
     """
 
-    __slots__ = ("__weakref__", "_live", "_origin", "_saved", "_scope", "_site", "_tape", "_value")
+    __slots__ = ()
     _value: Any
-    _scope: Scope
+    _scope: Any
     _origin: Origin | None
     _site: Site
     _saved: bool
@@ -187,7 +121,7 @@ class Proxy(Operators):
     def _get(self) -> Any:
         if self._value is PENDING:
             self._tape.force()
-        if self._value is _RELEASED:
+        if self._value is RELEASED:
             raise ReleasedValueError(self._site)
         return self._value
 
@@ -314,23 +248,25 @@ class Proxy(Operators):
     def __getattr__(self, name: str) -> Any:
         if self._value is PENDING:
             return self._tape.record(getattr, self, name)
-        owner = self._plain()
-        found = getattr(owner, name)
+        found = getattr(self._plain(), name)
         if not callable(found) or isinstance(found, torch.Tensor):
             return self._seen(found, lambda value: getattr(value, name), lambda v, part: with_attribute(v, name, part))
+        return partial(self._call_method, name) if self._scope.open else found
+
+    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        tape = pending_tape((self, args, kwargs))
+        if tape is not None:
+            return tape.record(call_method, self, name, *args, **kwargs)
+        args, kwargs = unwrap(args), unwrap(kwargs)
+
+        def method(value: Any) -> Any:
+            return getattr(value, name)(*args, **kwargs)
+
         if not self._scope.open:
-            return found
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            tape = pending_tape((args, kwargs))
-            if tape is not None:
-                return tape.record(method, *args, **kwargs)
-            args, kwargs = unwrap(args), unwrap(kwargs)
-            if changes_in_place(name):
-                return self._change(lambda value: getattr(value, name)(*args, **kwargs))
-            return self._result(found(*args, **kwargs), lambda value: getattr(value, name)(*args, **kwargs))
-
-        return method
+            return method(self._plain())
+        if changes_in_place(name):
+            return self._change(method)
+        return self._result(method(self._plain()), method)
 
     def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         """A part of what the operations see, which for a module's input is the first argument."""
@@ -421,21 +357,31 @@ class Proxy(Operators):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance() and the like see the value's class
-        return type(self) if self._value is _RELEASED else type(self._plain())
+        # Never a tensor's class where this is none: C code takes the class for a promise of how the memory is laid out.
+        value = self._value
+        if value is RELEASED or issubclass(type(self), torch.Tensor) is not isinstance(value, torch.Tensor):
+            return type(self)
+        return type(self._plain())
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        first: Any = args[0] if args else None
+        name = getattr(func, "__name__", "")
+        if issubclass(type(first), Proxy):
+            if name == "__get__":
+                return first.__getattr__(func.__self__.__name__)
+            if getattr(torch.Tensor, name, None) is func:
+                return first._call_method(name, *args[1:], **kwargs)
         tape = pending_tape((args, kwargs))
         if tape is not None:
             return tape.record(func, *args, **kwargs)
-        first = args[0] if args else None
-        if not isinstance(first, Proxy) or not first._scope.open:
+        if not issubclass(type(first), Proxy) or not first._scope.open:
             return apply(func, *args, **kwargs)
         rest, kwargs = unwrap(args[1:]), unwrap(kwargs)
-        if changes_in_place(getattr(func, "__name__", "")):
+        if changes_in_place(name):
             return first._change(lambda value: func(value, *rest, **kwargs))
         return first._result(func(first._plain(), *rest, **kwargs), lambda value: func(value, *rest, **kwargs))
 
@@ -451,12 +397,12 @@ class Proxy(Operators):
         return sorted({"save", "value", "t", *dir(self._plain())})
 
     def __repr__(self) -> str:
-        if self._value is _RELEASED:
+        if self._value is RELEASED:
             return f"<value released: {self._site.short} did not save it>"
         return repr(self._value)
 
     def __str__(self) -> str:
-        return repr(self) if self._value is _RELEASED else str(self._value)
+        return repr(self) if self._value is RELEASED else str(self._value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tape = pending_tape((self, args, kwargs))
@@ -465,7 +411,7 @@ class Proxy(Operators):
         return apply_in(self._scope, self._plain(), *args, **kwargs)
 
 
-def apply_in(scope: Scope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def apply_in(scope: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Like :func:`apply` for a function that itself came out of ``scope``, so that its result does too."""
     result = function(*unwrap(args), **unwrap(kwargs))
     return scope.wrap(result) if scope.open else result
@@ -485,6 +431,11 @@ def save(value: Any) -> Any:
         for entry in value.values():
             save(entry)
     return value
+
+
+def call_method(proxy: Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
+    """``proxy.name(*args, **kwargs)``, as a step that can be recorded."""
+    return getattr(proxy, name)(*args, **kwargs)
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,8 +15,8 @@ from nnsight_core.values import is_dataclass_value, with_attribute, with_entry
 class Rows:
     """``size`` rows from ``start`` on, of a batch of ``total``.
 
-    A tensor whose first axis is the batch is cut along it. One of two axes or more whose first is a multiple of the batch
-    is taken for (batch * position, ...), as mixture-of-experts layers have it. All others belong to all rows alike.
+    A tensor whose first axis is the batch is cut along it. One of two axes or more whose first is a multiple of the
+    batch is taken for (batch * position, ...), as mixture-of-experts layers have it. All others belong to all alike.
 
     >>> Rows(1, 2, 3).take(torch.tensor([10, 20, 30]))
     tensor([20, 30])

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from nnsight_core.errors import NNsightError, OrderError
 from nnsight_core.events import Event
 from nnsight_core.interleaver import Asked, Interleaver
-from nnsight_core.proxy import PENDING, Proxy, Scope, arrive
+from nnsight_core.proxy import PENDING, Proxy
+from nnsight_core.scope import Scope, arrive
 from nnsight_core.sites import Site, on_behalf_of, user_site
 
 
@@ -76,11 +77,11 @@ class Tape:
         """Note a call for later; gives the pending proxy of its result."""
         recorder = self._recorder()
         tape = self if recorder is None else recorder.tape_for(self)
-        return tape._add(None, function, args, kwargs, Proxy)
+        return tape._add(None, function, args, kwargs)
 
-    def ask(self, asked: Asked, kind: type[Proxy]) -> Proxy:
+    def ask(self, asked: Asked) -> Proxy:
         """Note a question to the model for later; gives the pending proxy of the answer."""
-        return self._add(asked, None, (), {}, kind)
+        return self._add(asked, None, (), {})
 
     def _add(
         self,
@@ -88,9 +89,8 @@ class Tape:
         function: Callable[..., Any] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        kind: type[Proxy],
     ) -> Proxy:
-        result = self.scope.pending(self, kind)
+        result = self.scope.pending(self, is_call=asked is not None and asked.kind == "input")
         site = asked.site if asked else user_site()
         self.instructions.append(Instruction(asked, function, args, kwargs, result, site))
         return result
@@ -156,7 +156,7 @@ class TapeClient:
         proxy: makes the live proxy of what an event gives, cut to the rows of this tape's input.
     """
 
-    def __init__(self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event, type[Proxy]], Proxy]) -> None:
+    def __init__(self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event], Proxy]) -> None:
         self.tape = tape
         self.last_read: tuple[str, Site] | None = None
         self._interleaver = interleaver
@@ -211,11 +211,11 @@ class TapeClient:
             self._position += 1
             self._wake()
 
-    def play(self, ask: Callable[[Asked, type[Proxy]], Proxy]) -> None:
+    def play(self, ask: Callable[[Asked], Proxy]) -> None:
         """Take all steps here and now, in a body that goes on live."""
         for step in self.tape.instructions:
             if step.asked is not None:
-                arrive(step.result, ask(step.asked, type(step.result)))
+                arrive(step.result, ask(step.asked))
             else:
                 assert step.function is not None
                 arrive(step.result, step.function(*_resolved(step.args), **_resolved(step.kwargs)))
@@ -247,7 +247,7 @@ class TapeClient:
     def _answer(self, step: Instruction, event: Event) -> None:
         assert step.asked is not None
         self.last_read = step.asked.label, step.asked.site
-        arrive(step.result, self._proxy(event, type(step.result)))
+        arrive(step.result, self._proxy(event))
         self._position += 1
         self._wake()
 

@@ -18,7 +18,7 @@ class TokenIndex:
     def __call__(self) -> Any:
         if self._proxy.is_pending:
             return self._proxy.defer(_transposed)
-        return self._proxy.__getattr__("t")()
+        return self._proxy._call_method("t")
 
     def _key(self, token: Any) -> tuple[Any, Any]:
         value = self._proxy._plain()

@@ -140,8 +140,8 @@ class Tracer:
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoker:
         """A block for one input of several, which are put together into one forward pass.
 
-        Each block sees the rows of its own input. A block without input sees the whole batch. Values of one block may be
-        used in another; where the model cannot serve both in one pass, there are two.
+        Each block sees the rows of its own input. A block without input sees the whole batch. Values of one block may
+        be used in another; where the model cannot serve both in one pass, there are two.
 
         >>> with model.trace() as tracer:  # doctest: +SKIP
         ...     with tracer.invoke("The Eiffel Tower is in the city of"):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from nnsight_core.envoy import Envoy
-from nnsight_core.proxy import Proxy, unwrap
+from nnsight_core.proxy import Proxy
+from nnsight_core.scope import Scope
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
 
@@ -39,14 +40,16 @@ class Place:
 
 def read(root: Envoy, place: Place) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
+    scope = root.open_scope(place.label)
     whole: Proxy = root.get(place.path).read(place.kind, place.label)
-    value = whole.lens(place.get, place.put)
-    batch = _batch_size(root, place)
-    inner = value.value
-    if inner.ndim != 2 or batch is None:
-        return value
-    # Some layers hand all tokens to their MLP in one axis.
-    return value.lens(lambda flat: flat.reshape(batch, -1, flat.shape[-1]), lambda flat, part: part.reshape(flat.shape))
+
+    def get(value: Any) -> Any:
+        return _by_prompt(place.get(value), scope)
+
+    def put(value: Any, part: Any) -> Any:
+        return place.put(value, part.reshape(place.get(value).shape))
+
+    return whole.lens(get, put)
 
 
 def write(root: Envoy, place: Place, value: Any) -> None:
@@ -55,19 +58,23 @@ def write(root: Envoy, place: Place, value: Any) -> None:
     Raises:
         ShapeError: ``value`` has another shape than what stands there.
     """
-    current = read(root, place)
-    old: torch.Tensor = current.value
-    new = unwrap(value)
+    read(root, place).update(_fitted, place.label, value)
+
+
+def _fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:
     if isinstance(new, (int, float)):
-        new = torch.full_like(old, new)
+        return torch.full_like(old, new)
     if not isinstance(new, torch.Tensor) or new.shape != old.shape:
-        raise ShapeError(place.label, new, old)
-    current.replace(new.to(device=old.device, dtype=old.dtype))
+        raise ShapeError(label, new, old)
+    return new.to(device=old.device, dtype=old.dtype)
 
 
-def _batch_size(root: Envoy, place: Place) -> int | None:
-    ids = root.open_scope(place.label).inputs.get("input_ids")
-    return None if ids is None else int(ids.shape[0])
+def _by_prompt(tensor: torch.Tensor, scope: Scope) -> torch.Tensor:
+    """Some layers hand all tokens to their MLP in one axis: (batch * position, hidden)."""
+    ids = scope.inputs.get("input_ids")
+    if tensor.ndim != 2 or ids is None:
+        return tensor
+    return tensor.reshape(ids.shape[0], -1, tensor.shape[-1])
 
 
 class Layers:

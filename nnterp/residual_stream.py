@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnsight_core.proxy import unwrap
+from nnsight_core.proxy import apply, unwrap
+from nnsight_core.values import own_copy
 from nnterp.errors import PositionError, SteeringVectorError
 
 if TYPE_CHECKING:
-    from nnsight_core.proxy import Scope
+    from nnsight_core.scope import Scope
     from nnterp.accessors import ValueAccess
 
 Indices = "int | Sequence[int] | torch.Tensor | None"
@@ -55,27 +56,14 @@ class ResidualStream:
             PositionError: a position or a row is not there.
             LayerIndexError: the model has no such layer.
         """
-        vector = unwrap(steering_vector)
-        # Of two axes, the first might be meant for prompts or for positions: that is for the user to say.
-        fits = isinstance(vector, torch.Tensor) and vector.ndim in (1, 3) and vector.shape[-1] == self.hidden_size
-        if not fits:
-            raise SteeringVectorError(vector, (self.hidden_size,))
         if positions is not None and token_positions is not None:
             raise PositionError("steer() takes positions or token_positions, not both: they count differently.")
+        where = (positions, token_positions, batch_index)
+        scope = self.open_scope("steer")  # type: ignore[attr-defined]
         wanted = [layers] if isinstance(layers, int) else list(layers)
         for layer in sorted({self.layers_output.position(each) for each in wanted}):
             hidden = self.layers_output[layer]
-            scope = hidden._scope
-            new = hidden.value.clone()
-            rows, columns = _chosen(new, scope, positions, token_positions, batch_index)
-            part = new[rows, columns]
-            added = (factor * vector).to(device=new.device, dtype=new.dtype)
-            try:
-                added = added.expand(part.shape)
-            except RuntimeError:
-                raise SteeringVectorError(vector, tuple(part.shape)) from None
-            new[rows, columns] = part + added
-            self.layers_output[layer] = new
+            self.layers_output[layer] = apply(_steered, hidden, steering_vector, factor, scope, where)
 
     def skip_layer(self, layer: int, skip_with: Any = None) -> None:
         """Let layer ``layer`` change nothing: its output is its own input, or ``skip_with``, (batch, position, hidden).
@@ -102,10 +90,28 @@ class ResidualStream:
         start, end = self.layers_output.position(start_layer), self.layers_output.position(end_layer)
         if end < start:
             raise ValueError(f"skip_layers({start_layer}, {end_layer}) ends before it begins; both ends are included.")
-        stream = unwrap(self.layers_input[start] if skip_with is None else skip_with)
+        stream = self.layers_input[start] if skip_with is None else skip_with
         for layer in range(start, end + 1):
             # A copy for each, so that changing one of these outputs in place leaves the others alone.
-            self.layers_output[layer] = stream.clone() if isinstance(stream, torch.Tensor) else stream
+            self.layers_output[layer] = apply(own_copy, stream)
+
+
+def _steered(
+    hidden: torch.Tensor, vector: Any, factor: float, scope: Scope, where: tuple[Any, Any, Any]
+) -> torch.Tensor:
+    # Of two axes, the first might be meant for prompts or for positions: that is for the user to say.
+    size = hidden.shape[-1]
+    if not isinstance(vector, torch.Tensor) or vector.ndim not in (1, 3) or vector.shape[-1] != size:
+        raise SteeringVectorError(vector, (size,))
+    rows, columns = _chosen(hidden, scope, *where)
+    new = hidden.clone()
+    part = new[rows, columns]
+    try:
+        added = (factor * vector).to(device=new.device, dtype=new.dtype).expand(part.shape)
+    except RuntimeError:
+        raise SteeringVectorError(vector, tuple(part.shape)) from None
+    new[rows, columns] = part + added
+    return new
 
 
 def _indices(given: Any, length: int, what: str, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,151 @@
+"""The life of the values of one trace, and the two kinds of proxy that they come as."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nnsight_core.events import Origin
+from nnsight_core.input_proxy import InputProxy
+from nnsight_core.proxy import PENDING, RELEASED, Proxy
+from nnsight_core.saveable import as_plain_result
+from nnsight_core.sites import user_site
+from nnsight_core.values import first_argument
+
+_set = object.__setattr__
+_EMPTY = torch.empty(0)
+
+
+class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's operations are meant to hide the tensor's
+    """Stands in for a tensor, and is one: an alias of the value.
+
+    C code that takes whatever calls itself a tensor, without asking for ``__torch_function__``, finds the value's
+    memory and its place in the autograd graph.
+    """
+
+
+class ObjectProxy(Proxy):
+    """Stands in for anything else: a tuple, a dataclass, a number."""
+
+    __slots__ = ("__weakref__", "_live", "_origin", "_saved", "_scope", "_site", "_tape", "_value")
+
+
+class TensorInputProxy(InputProxy, TensorProxy):  # type: ignore[misc]
+    """A module's call whose first argument is a tensor."""
+
+
+class ObjectInputProxy(InputProxy, ObjectProxy):
+    """A module's call whose first argument is no tensor."""
+
+    __slots__ = ()
+
+
+def _alias(kind: type[Any], value: Any) -> Any:
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        try:
+            return value.as_subclass(kind)
+        except (RuntimeError, NotImplementedError):
+            # Some layouts have no aliases; C code then finds an empty tensor.
+            return _empty(kind)
+    return _empty(kind)
+
+
+def _empty(kind: type[Any]) -> Any:
+    with _disable_current_modes():
+        return torch.Tensor._make_subclass(kind, _EMPTY)
+
+
+class Scope:
+    """The life of the values of one trace: all its proxies are made here and let go here."""
+
+    __slots__ = ("_limit", "_made", "inputs", "open", "padding", "prompt_length")
+
+    def __init__(self) -> None:
+        self.open = True
+        self._made: list[weakref.ref[Proxy]] = []
+        self._limit = 4096
+        #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
+        self.inputs: Mapping[str, Any] = {}
+        self.padding: Sequence[int] | None = None
+        self.prompt_length = 0
+
+    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False) -> Proxy:
+        """A proxy of ``value``, or of the call of a module, that lives in this scope."""
+        if not is_call:
+            is_tensor = isinstance(value, torch.Tensor)
+            made = _alias(TensorProxy, value) if is_tensor else ObjectProxy.__new__(ObjectProxy)
+        else:
+            args, kwargs = value
+            first = first_argument(value) if args or kwargs else None
+            is_tensor = isinstance(first, torch.Tensor)
+            made = _alias(TensorInputProxy, first) if is_tensor else ObjectInputProxy.__new__(ObjectInputProxy)
+        return self._enter(made, value, origin, None)
+
+    def pending(self, tape: Any, is_call: bool = False) -> Proxy:
+        """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
+        return self._enter(_empty(TensorInputProxy if is_call else TensorProxy), PENDING, None, tape)
+
+    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any) -> Proxy:
+        _set(made, "_value", value)
+        _set(made, "_scope", self)
+        _set(made, "_origin", origin)
+        _set(made, "_site", user_site())
+        _set(made, "_saved", False)
+        _set(made, "_tape", tape)
+        _set(made, "_live", None)
+        self._made.append(weakref.ref(made))
+        if len(self._made) > self._limit:
+            self._made = [each for each in self._made if each() is not None]
+            self._limit = max(4096, 2 * len(self._made))
+        return made  # type: ignore[no-any-return]
+
+    def wrap(self, value: Any, origin: Origin | None = None) -> Any:
+        """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
+        if issubclass(type(value), Proxy) or callable(value):
+            return value
+        as_plain = as_plain_result(value)
+        return self.proxy(value, origin) if as_plain is NotImplemented else as_plain
+
+    def close(self) -> None:
+        """End the scope: proxies that were not saved lose their values."""
+        self.open = False
+        for reference in self._made:
+            proxy = reference()
+            if proxy is None:
+                continue
+            _set(proxy, "_origin", None)
+            _set(proxy, "_live", None)
+            if not proxy._saved or proxy._value is PENDING:
+                _set(proxy, "_value", RELEASED)
+                _let_go(proxy)
+        self._made.clear()
+
+
+def _let_go(proxy: Proxy) -> None:
+    """Give up the memory of a proxy that is itself a tensor."""
+    if issubclass(type(proxy), torch.Tensor):
+        _take_over(proxy, _EMPTY.detach())
+
+
+def _take_over(proxy: Any, tensor: torch.Tensor) -> None:
+    """Let ``proxy`` be the tensor that ``tensor`` is."""
+    try:
+        torch._C._swap_tensor_impl(proxy, tensor)
+    except RuntimeError:
+        # C code has made the proxy part of an autograd graph, which now needs it as it is.
+        return
+
+
+def arrive(proxy: Proxy, live: Any) -> None:
+    """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
+    is_proxy = issubclass(type(live), Proxy)
+    _set(proxy, "_value", live._get() if is_proxy else live)
+    _set(proxy, "_origin", live._origin if is_proxy else None)
+    _set(proxy, "_live", live)
+    inner = live._plain() if is_proxy else live
+    if isinstance(inner, torch.Tensor):
+        _take_over(proxy, _alias(torch.Tensor, inner))
