@@ -1,5 +1,6 @@
 """A live tracing core: read and set the values inside any PyTorch module while it runs."""
 
+from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
@@ -19,7 +20,7 @@ from nnsight_core.errors import (
 )
 from nnsight_core.language_model import LanguageModel
 from nnsight_core.model import NNsight
-from nnsight_core.proxy import Proxy, apply, save
+from nnsight_core.proxy import Proxy
 from nnsight_core.tracer import Tracer
 
 __all__ = [

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
 from contextvars import ContextVar
+from types import FrameType
 from typing import Protocol
 
 import torch
 
-from nnsight_core.interleaver import Asked
+from nnsight_core.asked import Asked
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
+from nnsight_core.sites import user_frame
 
 
 class OpenTrace(Protocol):
@@ -32,24 +36,54 @@ class OpenTrace(Protocol):
         """The value asked for, present or pending."""
 
 
-# Weak, so that a trace that is dropped half-way is not kept alive by having been open.
-_open: ContextVar[tuple[weakref.ref[OpenTrace], ...]] = ContextVar("nnsight_core_open_traces", default=())
+class _Entry:
+    """An open trace, and the frame that its block stands in."""
+
+    __slots__ = ("can_be_left", "frame", "trace")
+
+    def __init__(self, trace: OpenTrace, body: FrameType) -> None:
+        # A generator that a @contextmanager runs opens the trace for its caller.
+        while body.f_code.co_flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
+            body = user_frame(body.f_back)
+        # Weak, so that a trace that is dropped half-way is not kept alive by having been open.
+        self.trace = weakref.ref(trace)
+        # The frame lives as long as its block does, so its id will do and holds nothing.
+        self.frame = id(body)
+        self.can_be_left = bool(body.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
 
 
-def opened(trace: OpenTrace) -> None:
-    """Make ``trace`` the innermost one."""
-    _open.set((*_open.get(), weakref.ref(trace)))
+def _is_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+_open: ContextVar[tuple[_Entry, ...]] = ContextVar("nnsight_core_open_traces", default=())
+
+
+def opened(trace: OpenTrace, body: FrameType) -> None:
+    """Make ``trace`` the innermost one; ``body`` is the frame that its block stands in."""
+    _open.set((*_open.get(), _Entry(trace, body)))
 
 
 def closed(trace: OpenTrace) -> None:
     """Take ``trace`` out, wherever it stands: generators and tasks do not close in reverse order."""
-    _open.set(tuple(each for each in _open.get() if each() is not None and each() is not trace))
+    _open.set(tuple(each for each in _open.get() if each.trace() is not None and each.trace() is not trace))
 
 
 def open_trace(root: torch.nn.Module) -> OpenTrace | None:
-    """The innermost open trace of the model ``root``, if there is one."""
-    for reference in reversed(_open.get()):
-        trace = reference()
-        if trace is not None and trace.root is root:
-            return trace
-    return None
+    """The open trace of the model ``root`` whose block is the innermost here, if there is one.
+
+    A generator's block is here only while the generator runs.
+    """
+    entries = [entry for entry in _open.get() if (trace := entry.trace()) is not None and trace.root is root]
+    if not entries:
+        return None
+    if len(entries) == 1 and not entries[0].can_be_left:
+        return entries[0].trace()
+    by_frame = {entry.frame: entry for entry in entries}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if id(frame) in by_frame:
+            return by_frame[id(frame)].trace()
+        frame = frame.f_back
+    # Opened by hand somewhere else, in an ExitStack or a fixture, say.
+    return next((entry.trace() for entry in reversed(entries) if not entry.can_be_left), None)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from nnsight_core.arguments import apply
+from nnsight_core.asked import Asked
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
-from nnsight_core.interleaver import Asked
-from nnsight_core.proxy import apply
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site
+from nnsight_core.values import fitting
 
 Names = Mapping[str, str]
 _NO_NAMES: Names = {}
@@ -203,8 +204,10 @@ class Envoy:
         """
         return self._trace(asked).scope
 
-    def read(self, kind: str, label: str | None = None) -> Any:
-        """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy; ``label`` is how errors are to call it.
+    def read(self, kind: str, label: str | None = None, setting: bool = False) -> Any:
+        """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
+
+        ``label`` is how errors are to call it, and ``setting`` says that it is asked for to be set.
 
         Raises:
             NoTraceError: no trace of the model is open here.
@@ -214,7 +217,7 @@ class Envoy:
         label = label or f"{self._path or 'model'}.{kind}"
         trace = self._trace(label)
         module = self._module
-        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), trace.step)
+        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), trace.step, setting=setting)
         return trace.ask(asked)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
@@ -226,14 +229,12 @@ class Envoy:
         if value is None:
             name = label or f"{self._path or 'model'}.{kind}"
             raise ValueError(f"{name} cannot be set to None: torch takes a None from a hook for 'no change'.")
-        current = self.read(kind, label)
+        current = self.read(kind, label, setting=True)
         # isinstance() would look at a pending value, and that starts the model.
         if kind == "input":
             current.set_call(value)
-        elif issubclass(type(value), (int, float)):
-            current.update(_filled, value)
         else:
-            current.replace(value)
+            current.update_value(fitting, value)
 
     @property
     def output(self) -> Any:
@@ -264,10 +265,6 @@ class Envoy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""
         return apply(self._module, *args, **kwargs)
-
-
-def _filled(value: Any, number: float) -> Any:
-    return torch.full_like(value, number) if isinstance(value, torch.Tensor) else number
 
 
 def _annotations(kind: type) -> set[str]:

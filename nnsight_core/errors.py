@@ -57,18 +57,31 @@ class OutOfOrderError(OrderError):
     """A value was asked for, or set, after the forward pass had gone by it."""
 
     def __init__(
-        self, asked: str, asked_at: Site, reached: str, reached_at: Site | None, setting: bool = False
+        self,
+        asked: str,
+        asked_at: Site,
+        reached: str,
+        reached_at: Site | None,
+        setting: bool = False,
+        runs_inside: bool = False,
     ) -> None:
         verb = "set" if setting else "asked for"
-        rows = [("already read", reached, reached_at), (verb, asked, asked_at)]
-        if reached_at is not None and reached_at.file == asked_at.file and reached_at.line != asked_at.line:
+        what = "after the forward pass had gone by it"
+        here = reached_at is not None and reached_at.file == asked_at.file and reached_at.line != asked_at.line
+        if runs_inside:
+            what = "while its module was running already, outside its own children"
+            mend = (
+                f"Ask for {asked.removesuffix('.output')}.input before {reached}; then its output can be had as well."
+            )
+        elif setting and reached == asked:
+            mend = "Set it before you ask for anything that comes later, or work on a copy: .clone()."
+        elif here and reached_at is not None:
             mend = f"Move line {asked_at.line} above line {reached_at.line}."
         else:
             mend = f"Ask for {asked} before {reached}, and keep it in a variable."
-        if setting and reached == asked:
-            mend = "Set it before you ask for anything that comes later, or work on a copy: .clone()."
+        rows = [("already read", reached, reached_at), (verb, asked, asked_at)]
         super().__init__(
-            f"{asked} was {verb} after the forward pass had gone by it.\n{_table(rows)}\n"
+            f"{asked} was {verb} {what}.\n{_table(rows)}\n"
             f"A model gives each value once, in the order it makes them. {mend}"
         )
 

@@ -1,8 +1,8 @@
 """The only file that registers anything with torch.
 
 Hooks are put on demand and taken off when nobody waits for them. PyTorch decides whether a module has hooks when its
-call *starts*, so asking for a module also arms its ancestors, whose calls may be under way by the time they are asked for
-themselves; a module that nobody asked for costs nothing.
+call *starts*, so asking for a module also arms its ancestors, whose calls may be under way by the time they are asked
+for themselves; a module that nobody asked for costs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from nnsight_core.proxy import unwrap
+from nnsight_core.arguments import Met, unwrap
 from nnsight_core.values import map_tensors
 
 #: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
@@ -70,8 +70,9 @@ class HookBoard:
         changed = self._deliver(module, "output", output)
         return None if changed is None else changed[0]
 
-    def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._is_ours():
+    def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        # torch looks up live whether a hook takes kwargs: when another thread takes it off meanwhile, there are none.
+        if kwargs is None or not self._is_ours():
             return None
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
@@ -93,7 +94,8 @@ class PlainCalls:
 
     def __init__(self, is_body: Callable[[], bool]) -> None:
         self._is_body = is_body
-        self._unwrapped: list[torch.nn.Module] = []
+        # The calls under way: the module, and what was met among its arguments if that makes its result a proxy.
+        self._under_way: list[tuple[torch.nn.Module, Met | None]] = []
 
     def on(self) -> None:
         """The body has its turn."""
@@ -104,28 +106,35 @@ class PlainCalls:
         """The model has its turn."""
         torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
-        self._unwrapped.clear()
+        self._under_way.clear()
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
         if not self._is_body():
             return None
         # torch shows keyword arguments to global hooks nowhere else than in the frame that calls them.
         kwargs = sys._getframe(1).f_locals.get("kwargs") or {}
-        found: list[Any] = []
-        plain_args = unwrap(args, found)
+        met = Met()
+        plain_args = unwrap(args, met)
         for name, value in kwargs.items():
-            kwargs[name] = unwrap(value, found)
-        if not found:
+            kwargs[name] = unwrap(value, met)
+        if met.scope is None:
+            # Inside another call everything is plain; the call is noted so that its result stays so.
+            if self._under_way:
+                self._under_way.append((module, None))
             return None
-        self._unwrapped.append(module)
-        self._scope = found[0]
+        # Calls that failed are still noted; none of them can be under way when proxies come in.
+        self._under_way[:] = [(module, met)]
         return plain_args
 
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if not self._unwrapped or self._unwrapped[-1] is not module:
-            return None
-        self._unwrapped.pop()
-        return self._scope.wrap(output)
+        while self._under_way:
+            noted, met = self._under_way.pop()
+            if noted is module:
+                if met is None:
+                    return None
+                met.check_changes()
+                return met.scope.wrap(output)
+        return None
 
 
 @contextmanager
@@ -164,3 +173,19 @@ def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Modu
     finally:
         for handle in handles:
             handle.remove()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def without_hooks(root: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, the modules of ``root`` show no hooks to whoever copies them."""
+    kept = [(module, name, module.__dict__[name]) for module in root.modules() for name in _HOOKS]
+    try:
+        for module, name, hooks in kept:
+            module.__dict__[name] = type(hooks)()
+        yield
+    finally:
+        for module, name, hooks in kept:
+            module.__dict__[name] = hooks

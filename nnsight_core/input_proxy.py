@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nnsight_core.proxy import PENDING, Proxy, pending_tape, unwrap
+from nnsight_core.arguments import PENDING, pending_tape, unwrap
+from nnsight_core.proxy import Proxy
 from nnsight_core.values import first_argument, is_pair, with_entry, with_first_argument
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 
 from nnsight_core import thread_state
+from nnsight_core.asked import Asked, Client
 from nnsight_core.errors import (
     ModuleNotRunError,
     NNsightError,
@@ -32,53 +33,6 @@ from nnsight_core.sites import Site, user_site
 
 class _Unwind(BaseException):
     """Thrown into a suspended forward pass so that it leaves every block that it is in."""
-
-
-class Asked:
-    """A value that a client waits for.
-
-    Args:
-        module: whose value.
-        kind: ``"input"`` or ``"output"`` of its call.
-        label: what the user calls it.
-        site: the user's line.
-        ancestors: the modules inside whose calls it runs.
-        step: the run of the model in which it is wanted, counted from 0; None if it belongs to no run in particular.
-        otherwise: something else that would do as well, whichever comes first.
-    """
-
-    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "site", "step")
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        kind: str,
-        label: str,
-        site: Site,
-        ancestors: Iterable[torch.nn.Module],
-        step: int | None = None,
-        otherwise: Asked | None = None,
-    ) -> None:
-        self.module = module
-        self.kind = kind
-        self.label = label
-        self.site = site
-        self.ancestors = ancestors
-        self.step = step
-        self.otherwise = otherwise
-
-
-class Client(Protocol):
-    """Somebody who asks for values of a pass."""
-
-    #: The last value that it got: its name, and where it was asked for.
-    last_read: tuple[str, Site] | None
-
-    def advance(self, event: Event) -> None:
-        """``event`` is what the client waits for: do what is to be done with it, and wait for the next, or not."""
-
-    def missed(self, error: NNsightError) -> None:
-        """What the client waits for cannot come any more."""
 
 
 class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types for its class
@@ -108,10 +62,18 @@ class OrderWitness:
     def __init__(self, observe: Callable[[], tuple[list[tuple[torch.nn.Module, str]], str]]) -> None:
         self._observe = observe
 
-    def ran_before(self, module: torch.nn.Module, kind: str) -> tuple[bool, str]:
-        """Whether the call of ``module`` is part of this pass at all, and what stands in the way of being sure."""
+    def verdict(self, asked: Asked, last: Asked | None) -> tuple[str, str]:
+        """Whether the value asked for came ``"before"`` or ``"never"``, or its module was ``"running"`` already when
+        ``last`` was there; and what stands in the way of being sure.
+        """
         seen, doubt = self._observe()
-        return any(each is module and what == kind for each, what in seen), doubt
+        if (asked.module, asked.kind) not in seen:
+            return "never", doubt
+        if last is None or asked.kind == "input" or (last.module, last.kind) not in seen:
+            return "before", doubt
+        here = seen.index((last.module, last.kind))
+        runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
+        return ("running" if runs else "before"), doubt
 
 
 class Interleaver:
@@ -142,6 +104,7 @@ class Interleaver:
         self._order: dict[Client, int] = {}
         self._stopped_at: Site | None = None
         self._failure: BaseException | None = None
+        self._somebody_missed = False
         #: The run of the model that has begun last, counted from 0; None before the first.
         self.step: int | None = None
         self._counts_steps = root is not None
@@ -165,7 +128,7 @@ class Interleaver:
         self._order.setdefault(client, len(self._order))
         event = self.event
         if event is not None and self.fits(asked, event):
-            client.last_read = asked.label, asked.site
+            client.last_read = asked
             client.advance(event)
             return
         self._waiting[client] = asked
@@ -204,7 +167,7 @@ class Interleaver:
             for client in clients:
                 asked = self._waiting.pop(client)
                 event.label, event.site = asked.label, asked.site
-                client.last_read = asked.label, asked.site
+                client.last_read = asked
                 client.advance(event)
         except Exception as error:
             # The model might catch what a client raises; unwinding cannot be caught by mistake.
@@ -258,8 +221,7 @@ class Interleaver:
         forward = self._forward()
         if forward is None or forward.dead:
             return False
-        if threading.get_ident() != self._thread:
-            raise WrongThreadError()
+        self.check_thread()
         forward.parent = self._body = getcurrent()
         self.plain_calls.off()
         self._body_state = now = thread_state.snapshot()
@@ -281,6 +243,13 @@ class Interleaver:
             raise failure
         return True
 
+    def check_thread(self) -> None:
+        """Raises:
+        WrongThreadError: this is not the thread that opened the trace.
+        """
+        if threading.get_ident() != self._thread:
+            raise WrongThreadError()
+
     @property
     def stopped_at(self) -> Site | None:
         """Where ``stop`` was called, if it was."""
@@ -292,11 +261,17 @@ class Interleaver:
             return TraceStoppedError(asked.label, asked.site, self._stopped_at)
         if asked.step is not None and self._counts_steps and asked.step > (-1 if self.step is None else self.step):
             return StepNotRunError(asked.label, asked.site, asked.step, 0 if self.step is None else self.step + 1)
-        if client.last_read is None and asked.step in (0, None):
+        last = client.last_read
+        if last is None and asked.step in (0, None) and not self._somebody_missed:
+            self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
-        ran, doubt = self._witness.ran_before(asked.module, asked.kind)
-        if ran and client.last_read is not None:
-            return OutOfOrderError(asked.label, asked.site, *client.last_read)
+        self._somebody_missed = True
+        verdict, doubt = self._witness.verdict(asked, last)
+        if verdict == "running" and last is not None:
+            return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
+        if verdict == "before":
+            label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
+            return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
         return ModuleNotRunError(asked.label, asked.site, doubt)
 
     def stop(self) -> None:
@@ -336,48 +311,7 @@ class Interleaver:
         self.plain_calls.off()
         self.hooks.clear()
         self._waiting.clear()
+        self._order.clear()
+        # It holds the inputs, and this object may wait a while for the garbage collector.
+        self._witness = OrderWitness(lambda: ([], ""))
         self.event = None
-
-
-class LiveClient:
-    """The body of a trace, which runs where it stands."""
-
-    def __init__(self, interleaver: Interleaver) -> None:
-        self._interleaver = interleaver
-        self.last_read: tuple[str, Site] | None = None
-        self._error: NNsightError | None = None
-
-    def ask(self, asked: Asked) -> Event:
-        """Let the model run until it has the value, and return it.
-
-        Raises:
-            OutOfOrderError: the forward pass has gone by it.
-            ModuleNotRunError: the module does not run in this pass.
-            StepNotRunError: the model does not run so often.
-            TraceStoppedError: ``stop`` was called before.
-        """
-        interleaver = self._interleaver
-        event = interleaver.event
-        if event is None or not interleaver.fits(asked, event):
-            if interleaver.stopped_at is not None:
-                raise interleaver.missing(self, asked)
-            interleaver.wait(self, asked)
-            interleaver.give_turn()
-            error, self._error = self._error, None
-            if error is not None:
-                raise error
-            event = interleaver.event
-            if event is None or not interleaver.fits(asked, event):
-                interleaver.give_up(self)
-                raise interleaver.missing(self, asked)
-        self.last_read = asked.label, asked.site
-        return event
-
-    def advance(self, event: Event) -> None:
-        """The model's side: the value is there."""
-        self._interleaver.hand_over()
-
-    def missed(self, error: NNsightError) -> None:
-        """The model's side: the value cannot come any more."""
-        self._error = error
-        self._interleaver.hand_over()

@@ -148,7 +148,7 @@ class LanguageModel(NNsight):
             return self._tokenised(list(given), options)
         if all(isinstance(each, int) for each in given):
             return [list(given)]
-        return [row for each in given for row in self._token_rows(each, options)]
+        return [row for each in given for row in (self._token_rows(each, options) if len(each) else [[]])]
 
     def _tokenised(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
         if self.tokenizer is None:
@@ -165,7 +165,8 @@ class LanguageModel(NNsight):
                 raise EmptyPromptError(index, len(rows))
         longest = max(len(row) for row in rows)
         # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.
-        filler = getattr(self.tokenizer, "pad_token_id", None) or getattr(self.tokenizer, "eos_token_id", None) or 0
+        known = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        filler = next((each for each in known if each is not None), 0)
         ids = torch.full((len(rows), longest), filler)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
 from nnsight_core.envoy import Envoy, Names, Tree
 from nnsight_core.errors import MissingInputError
 from nnsight_core.passes import Call
-from nnsight_core.proxy import unwrap
 from nnsight_core.tracer import Tracer
 from nnsight_core.values import first_tensor
 

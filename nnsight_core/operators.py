@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset({f"__i{name}__" for name in _BINARY} | {"__setitem__", "__delitem__"})
 # These end in an underscore and yet leave the numbers alone.
 _HARMLESS = frozenset({"requires_grad_", "share_memory_"})
+_NO_OPTIONS: Mapping[str, Any] = {}
 
 
-def changes_in_place(name: str) -> bool:
-    """Whether the tensor method of this name changes its tensor, by torch's convention."""
+def changes_in_place(name: str, kwargs: Mapping[str, Any] = _NO_OPTIONS) -> bool:
+    """Whether the torch function of this name changes its tensor, by torch's convention or because it is told to."""
+    if kwargs and kwargs.get("inplace") is True:
+        return True
     return (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS) or name in _IN_PLACE
 
 

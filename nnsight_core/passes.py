@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from nnsight_core.asked import Asked
 from nnsight_core.events import Event
-from nnsight_core.interleaver import Asked, ForwardPass, Interleaver, LiveClient, OrderWitness
+from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
+from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
 from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
@@ -95,7 +97,7 @@ class Pass:
 
     def __init__(self, call: Call, parts: Sequence[Part], root: torch.nn.Module, counts_steps: bool = False) -> None:
         run = partial(call.function, *call.args, **call.kwargs)
-        witness = OrderWitness(partial(observed_order, root, call.function, call.args, call.kwargs))
+        witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
         self.interleaver = Interleaver(run, witness, root if counts_steps else None)
         self.forward: ForwardPass = self.interleaver.own()
         self._parts = parts

@@ -7,13 +7,15 @@ trace ends, a proxy that was saved becomes as good as its plain value, and one t
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from nnsight_core.arguments import PENDING, RELEASED, Met, Standin, apply, pending_tape, unwrap
 from nnsight_core.errors import ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
@@ -26,76 +28,13 @@ from nnsight_core.values import (
     with_entry,
 )
 
-#: Stands in a proxy for a value that has yet to arrive.
-PENDING: Any = type("Pending", (), {"__repr__": lambda self: "<pending>"})()
-RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 _set = object.__setattr__
 
-
-def plain(value: Any) -> Any:
-    """The value of a proxy; anything else as it is.
-
-    Raises:
-        ReleasedValueError: the proxy was not saved and its trace is over.
-    """
-    return value._get() if isinstance(value, Proxy) else value
+#: Methods of lists and dicts that change them.
+_CONTAINER_CHANGES = frozenset("append clear extend insert pop popitem remove reverse setdefault sort update".split())
 
 
-def unwrap(value: Any, scopes: list[Any] | None = None) -> Any:
-    """``value`` with every proxy inside tuples, lists, dicts and slices replaced by its value.
-
-    The scopes of the proxies that were met are added to ``scopes``.
-    """
-    kind = type(value)
-    if issubclass(kind, Proxy):
-        if scopes is not None and value._scope.open:
-            scopes.append(value._scope)
-        return value._plain()
-    if kind is tuple:
-        return tuple([unwrap(entry, scopes) for entry in value])
-    if kind is list:
-        return [unwrap(entry, scopes) for entry in value]
-    if kind is dict:
-        return {key: unwrap(entry, scopes) for key, entry in value.items()}
-    if kind is slice:
-        return slice(*(unwrap(entry, scopes) for entry in (value.start, value.stop, value.step)))
-    return value
-
-
-def pending_tape(value: Any) -> Any:
-    """The tape of the first pending proxy inside tuples, lists and dicts; None if all values are there."""
-    kind = type(value)
-    if issubclass(kind, Proxy):
-        return value._tape if value._value is PENDING else None
-    if kind is tuple or kind is list:
-        entries = value
-    elif kind is dict:
-        entries = value.values()
-    elif kind is slice:
-        entries = (value.start, value.stop, value.step)
-    else:
-        return None
-    for entry in entries:
-        tape = pending_tape(entry)
-        if tape is not None:
-            return tape
-    return None
-
-
-def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``function`` on the values of proxies, wherever they stand in the arguments.
-
-    Inside a trace the result is a proxy again; once all proxies are finished it is the plain result.
-    """
-    tape = pending_tape((args, kwargs))
-    if tape is not None:
-        return tape.record(function, *args, **kwargs)
-    scopes: list[Any] = []
-    result = function(*unwrap(args, scopes), **(unwrap(kwargs, scopes) if kwargs else kwargs))
-    return scopes[0].wrap(result) if scopes else result
-
-
-class Proxy(Operators):
+class Proxy(Operators, Standin):
     """A value that has arrived from the model; stands in for it everywhere.
 
     >>> from nnsight_core import NNsight
@@ -107,12 +46,9 @@ class Proxy(Operators):
     """
 
     __slots__ = ()
-    _value: Any
-    _scope: Any
     _origin: Origin | None
     _site: Site
     _saved: bool
-    _tape: Any
     _live: Any
 
     def __init__(self) -> None:
@@ -137,11 +73,11 @@ class Proxy(Operators):
         return self._get()
 
     @property
-    def is_pending(self) -> bool:
+    def _is_pending(self) -> bool:
         """Whether the value has yet to arrive; what is done with it until then is recorded."""
         return self._value is PENDING
 
-    def defer(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _defer(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call ``function(self, *args)`` when the pending value has arrived; gives the pending result."""
         return self._tape.record(function, self, *args)
 
@@ -159,7 +95,7 @@ class Proxy(Operators):
 
     # Places: what is written into a part of a value reaches the model through the whole.
 
-    def lens(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+    def as_part(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         """The part of the value that ``get`` finds, as a proxy.
 
         Args:
@@ -167,7 +103,7 @@ class Proxy(Operators):
             put: gives the whole with another part in it: ``put(whole, part)``.
         """
         if self._value is PENDING:
-            return self._tape.record(Proxy.lens, self, get, put)
+            return self._tape.record(Proxy.as_part, self, get, put)
         return self._part(get(self._get()), get, put)
 
     def _part(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
@@ -176,8 +112,21 @@ class Proxy(Operators):
         origin = self._origin
         if origin is None:
             return self._scope.wrap(part)
-        read, write = origin.read, origin.write
-        return self._scope.wrap(part, Origin(origin.event, lambda: get(read()), lambda new: write(put(read(), new))))
+        read = origin.read
+        # By way of the whole, whose own variable is to show the change as well.
+        write = partial(self._write_part, put)
+        return self._scope.wrap(part, Origin(origin.event, lambda: get(read()), write))
+
+    def _write_part(self, put: Callable[[Any, Any], Any], part: Any) -> None:
+        place = self._place()
+        assert place is not None
+        whole = put(place.read(), part)
+        self._adopt(whole)
+        place.write(whole)
+
+    def _adopt(self, value: Any) -> None:
+        """Stand in for another value from now on."""
+        _set(self, "_value", value)
 
     def _place(self) -> Origin | None:
         """Where a change has to be written, if this is a value of the model's and not one of the script's own.
@@ -190,7 +139,7 @@ class Proxy(Operators):
         self._origin.event.check_writable()
         return self._origin
 
-    def replace(self, value: Any) -> None:
+    def set_value(self, value: Any) -> None:
         """Let the model go on with ``value`` in the place of this one.
 
         Raises:
@@ -198,11 +147,11 @@ class Proxy(Operators):
         """
         tape = pending_tape((self, value))
         if tape is not None:
-            tape.record(Proxy.replace, self, value)
+            tape.record(Proxy.set_value, self, value)
         else:
             self._put(unwrap(value))
 
-    def update(self, change: Callable[..., Any], *args: Any) -> None:
+    def update_value(self, change: Callable[..., Any], *args: Any) -> None:
         """Let the model go on with ``change(value, *args)``; proxies among ``args`` come as their values.
 
         Raises:
@@ -210,13 +159,13 @@ class Proxy(Operators):
         """
         tape = pending_tape((self, args))
         if tape is not None:
-            tape.record(Proxy.update, self, change, *args)
+            tape.record(Proxy.update_value, self, change, *args)
         else:
             self._put(change(self._plain(), *unwrap(args)))
 
     def _put(self, value: Any) -> None:
         place = self._place()
-        _set(self, "_value", value)
+        self._adopt(value)
         if place is not None:
             place.write(value)
 
@@ -248,7 +197,10 @@ class Proxy(Operators):
     def __getattr__(self, name: str) -> Any:
         if self._value is PENDING:
             return self._tape.record(getattr, self, name)
-        found = getattr(self._plain(), name)
+        owner = self._plain()
+        found = getattr(owner, name)
+        if isinstance(found, torch.Tensor) and share_storage(found, owner):
+            return self._result(found, lambda value: getattr(value, name))
         if not callable(found) or isinstance(found, torch.Tensor):
             return self._seen(found, lambda value: getattr(value, name), lambda v, part: with_attribute(v, name, part))
         return partial(self._call_method, name) if self._scope.open else found
@@ -257,16 +209,28 @@ class Proxy(Operators):
         tape = pending_tape((self, args, kwargs))
         if tape is not None:
             return tape.record(call_method, self, name, *args, **kwargs)
-        args, kwargs = unwrap(args), unwrap(kwargs)
-
-        def method(value: Any) -> Any:
-            return getattr(value, name)(*args, **kwargs)
-
+        owner = self._plain()
+        if isinstance(owner, Mapping) and self._scope.open:
+            if name == "get":
+                return self[args[0]] if args[0] in owner else (args[1:] or (None,))[0]
+            if name in ("values", "items"):
+                return [self[key] if name == "values" else (key, self[key]) for key in owner]
+        met = Met()
+        args, kwargs = unwrap(args, met), unwrap(kwargs, met)
         if not self._scope.open:
-            return method(self._plain())
-        if changes_in_place(name):
-            return self._change(method)
-        return self._result(method(self._plain()), method)
+            result = getattr(owner, name)(*args, **kwargs)
+            return met.scope.wrap(result) if met.scope else result
+        changes = changes_in_place(name, kwargs) or (isinstance(owner, (list, Mapping)) and name in _CONTAINER_CHANGES)
+        return self._done(lambda value: getattr(value, name)(*args, **kwargs), changes, met)
+
+    def _done(self, operation: Callable[[Any], Any], changes: bool, met: Met) -> Any:
+        if changes:
+            return self._change(operation)
+        owner = self._plain()
+        met.add(self, owner)
+        result = operation(owner)
+        met.check_changes()
+        return self._result(result, operation)
 
     def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         """A part of what the operations see, which for a module's input is the first argument."""
@@ -274,6 +238,8 @@ class Proxy(Operators):
 
     def _result(self, result: Any, operation: Callable[[Any], Any]) -> Any:
         """What an operation on this proxy gives; a view of the value stays a part of it, to be written through."""
+        if not self._scope.open:
+            return result
         owner = self._plain()
         if result is owner:
             return self
@@ -308,7 +274,12 @@ class Proxy(Operators):
         if tape is not None:
             return tape.record(operator.getitem, self, key)
         key = unwrap(key)
-        return self._seen(self._plain()[key], lambda value: value[key], lambda value, new: with_entry(value, key, new))
+        owner = self._plain()
+        part = owner[key]
+        if isinstance(owner, torch.Tensor) and not share_storage(part, owner):
+            # As in torch, what is picked out by a list of indices is a copy, and the script's own.
+            return self._scope.wrap(part) if self._scope.open else part
+        return self._seen(part, lambda value: value[key], lambda value, new: with_entry(value, key, new))
 
     def __setitem__(self, key: Any, value: Any) -> None:
         tape = pending_tape((self, key, value))
@@ -368,29 +339,35 @@ class Proxy(Operators):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first: Any = args[0] if args else None
         name = getattr(func, "__name__", "")
+        first: Any = args[0] if args else None
         if issubclass(type(first), Proxy):
             if name == "__get__":
-                return first.__getattr__(func.__self__.__name__)
+                return first.__getattr__(func.__self__.__name__)  # type: ignore[attr-defined]
             if getattr(torch.Tensor, name, None) is func:
                 return first._call_method(name, *args[1:], **kwargs)
         tape = pending_tape((args, kwargs))
         if tape is not None:
             return tape.record(func, *args, **kwargs)
+        out: Any = kwargs.get("out")
+        if issubclass(type(out), Proxy):
+            rest = {key: value for key, value in kwargs.items() if key != "out"}
+            return out._change(lambda value: func(*unwrap(args), out=value, **unwrap(rest)))
+        if "input" in kwargs and not args:
+            first = kwargs["input"]
         if not issubclass(type(first), Proxy) or not first._scope.open:
             return apply(func, *args, **kwargs)
-        rest, kwargs = unwrap(args[1:]), unwrap(kwargs)
-        if changes_in_place(name):
-            return first._change(lambda value: func(value, *rest, **kwargs))
-        return first._result(func(first._plain(), *rest, **kwargs), lambda value: func(value, *rest, **kwargs))
+        met = Met()
+        rest_args, rest = unwrap(args[1:], met), unwrap({k: v for k, v in kwargs.items() if v is not first}, met)
+        return first._done(lambda value: func(value, *rest_args, **rest), changes_in_place(name, rest), met)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _itself, (self._plain(),)
+        return self._plain().__reduce_ex__(protocol)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._plain())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
         return copy.deepcopy(self._plain(), memo)
 
     def __dir__(self) -> list[str]:
@@ -408,29 +385,8 @@ class Proxy(Operators):
         tape = pending_tape((self, args, kwargs))
         if tape is not None:
             return tape.record(_call, self, *args, **kwargs)
-        return apply_in(self._scope, self._plain(), *args, **kwargs)
-
-
-def apply_in(scope: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Like :func:`apply` for a function that itself came out of ``scope``, so that its result does too."""
-    result = function(*unwrap(args), **unwrap(kwargs))
-    return scope.wrap(result) if scope.open else result
-
-
-def save(value: Any) -> Any:
-    """Keep every proxy in ``value`` (a proxy, or lists, tuples and dicts of them) beyond the trace.
-
-    Plain Python objects live as long as their variables do and come back as they are.
-    """
-    if isinstance(value, Proxy):
-        return value.save()
-    if type(value) in (list, tuple):
-        for entry in value:
-            save(entry)
-    elif type(value) is dict:
-        for entry in value.values():
-            save(entry)
-    return value
+        result = self._plain()(*unwrap(args), **unwrap(kwargs))
+        return self._scope.wrap(result) if self._scope.open else result
 
 
 def call_method(proxy: Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -440,7 +396,3 @@ def call_method(proxy: Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
-
-
-def _itself(value: Any) -> Any:
-    return value

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nnsight_core.arguments import PENDING, RELEASED
 from nnsight_core.events import Origin
 from nnsight_core.input_proxy import InputProxy
-from nnsight_core.proxy import PENDING, RELEASED, Proxy
+from nnsight_core.proxy import Proxy
 from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import user_site
 from nnsight_core.values import first_argument
@@ -26,6 +27,11 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     C code that takes whatever calls itself a tensor, without asking for ``__torch_function__``, finds the value's
     memory and its place in the autograd graph.
     """
+
+    def _adopt(self, value: Any) -> None:
+        _set(self, "_value", value)
+        inner = self._plain()
+        _take_over(self, _alias(torch.Tensor, inner) if isinstance(inner, torch.Tensor) else _EMPTY.detach())
 
 
 class ObjectProxy(Proxy):
@@ -113,6 +119,7 @@ class Scope:
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
+        self.inputs = {}
         for reference in self._made:
             proxy = reference()
             if proxy is None:
@@ -143,9 +150,6 @@ def _take_over(proxy: Any, tensor: torch.Tensor) -> None:
 def arrive(proxy: Proxy, live: Any) -> None:
     """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
     is_proxy = issubclass(type(live), Proxy)
-    _set(proxy, "_value", live._get() if is_proxy else live)
     _set(proxy, "_origin", live._origin if is_proxy else None)
     _set(proxy, "_live", live)
-    inner = live._plain() if is_proxy else live
-    if isinstance(inner, torch.Tensor):
-        _take_over(proxy, _alias(torch.Tensor, inner))
+    proxy._adopt(live._get() if is_proxy else live)

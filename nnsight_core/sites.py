@@ -81,12 +81,18 @@ def user_site() -> Site:
     recorded: Site | None = getattr(_recorded, "site", None)
     if recorded is not None:
         return recorded
-    frame: FrameType | None = sys._getframe(1)
-    last = frame
+    frame = user_frame()
+    return Site(frame.f_code, frame.f_lasti)
+
+
+def user_frame(frame: FrameType | None = None) -> FrameType:
+    """The innermost frame on the stack, or from ``frame`` outwards, that is not a library's."""
+    frame = frame or sys._getframe(1)
+    last: FrameType | None = frame
     while frame is not None:
         known = _is_library.get(frame.f_code.co_filename)
         if not (_is_library_frame(frame) if known is None else known):
-            return Site(frame.f_code, frame.f_lasti)
+            return frame
         last, frame = frame, frame.f_back
     assert last is not None
-    return Site(last.f_code, last.f_lasti)
+    return last

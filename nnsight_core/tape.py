@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from nnsight_core.arguments import PENDING
+from nnsight_core.asked import Asked
 from nnsight_core.errors import NNsightError, OrderError
 from nnsight_core.events import Event
-from nnsight_core.interleaver import Asked, Interleaver
-from nnsight_core.proxy import PENDING, Proxy
+from nnsight_core.interleaver import Interleaver
+from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope, arrive
 from nnsight_core.sites import Site, on_behalf_of, user_site
 
@@ -158,7 +160,7 @@ class TapeClient:
 
     def __init__(self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event], Proxy]) -> None:
         self.tape = tape
-        self.last_read: tuple[str, Site] | None = None
+        self.last_read: Asked | None = None
         self._interleaver = interleaver
         self._proxy = proxy
         self._position = 0
@@ -246,7 +248,7 @@ class TapeClient:
 
     def _answer(self, step: Instruction, event: Event) -> None:
         assert step.asked is not None
-        self.last_read = step.asked.label, step.asked.site
+        self.last_read = step.asked
         arrive(step.result, self._proxy(event))
         self._position += 1
         self._wake()

@@ -18,14 +18,16 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
-# (grad, inference, autocast, function modes, dispatch modes)
-State = tuple[bool, bool, Any, Any, Any]
+_autocast_caches = torch.is_autocast_cache_enabled
+
+# (grad, inference, autocast, function modes, dispatch modes, whether autocast caches)
+State = tuple[bool, bool, Any, Any, Any, bool]
 
 
 def _autocast_state() -> tuple[Any, ...]:
     devices = torch._C._autocast_supported_devices()
     each = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    return (*each, torch.is_autocast_cache_enabled())
+    return each
 
 
 def _function_mode_state() -> tuple[Any, ...]:
@@ -45,6 +47,7 @@ def snapshot() -> State:
         _autocast_state() if _any_autocast() else None,
         _function_mode_state() if _function_modes() else None,
         tuple(_python_dispatch._get_current_dispatch_mode_stack()) if _dispatch_modes() else None,
+        _autocast_caches(),
     )
 
 
@@ -55,14 +58,14 @@ def _set_autocast(state: tuple[Any, ...] | None) -> None:
         # What autocast has cast stays cached only while some autocast is on.
         torch.clear_autocast_cache()
         return
-    *devices, cached = state
-    for device, enabled, dtype in devices:
+    for device, enabled, dtype in state:
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
-    torch.set_autocast_cache_enabled(cached)
 
 
 def _set_function_modes(state: tuple[Any, ...] | None) -> None:
+    if state is None and not _function_modes():
+        return
     modes, device, context = state or _NO_FUNCTION_MODES
     while _function_modes():
         torch._C._pop_torch_function_stack()
@@ -87,11 +90,14 @@ def enter(state: State, now: State) -> Any:
         guard.__enter__()
     if state[2] != now[2]:
         _set_autocast(state[2])
-    if state[3] != now[3]:
-        _set_function_modes(state[3])
+    torch.set_autocast_cache_enabled(state[5])
     if state[4] != now[4]:
         _set_dispatch_modes(state[4])
+    # A function mode would take the setting of the grad mode for an operation of the user's.
+    if _function_modes():
+        _set_function_modes(None)
     torch._C._set_grad_enabled(state[0])
+    _set_function_modes(state[3])
     return guard
 
 

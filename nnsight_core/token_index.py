@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from nnsight_core.values import with_entry
+
 
 class TokenIndex:
     """Indexing by the tokens of one's own prompt: ``value.t[0]`` is its first token, however far it is padded."""
@@ -16,8 +18,8 @@ class TokenIndex:
         self._proxy = proxy
 
     def __call__(self) -> Any:
-        if self._proxy.is_pending:
-            return self._proxy.defer(_transposed)
+        if self._proxy._is_pending:
+            return self._proxy._defer(_transposed)
         return self._proxy._call_method("t")
 
     def _key(self, token: Any) -> tuple[Any, Any]:
@@ -44,13 +46,17 @@ class TokenIndex:
         return (rows if index.ndim == 1 else rows[:, None], index)
 
     def __getitem__(self, token: Any) -> Any:
-        if self._proxy.is_pending:
-            return self._proxy.defer(_get_tokens, token)
-        return self._proxy[self._key(token)]
+        if self._proxy._is_pending:
+            return self._proxy._defer(_get_tokens, token)
+        key = self._key(token)
+        # Rows that are padded differently are gathered, which copies; what is written there goes back all the same.
+        return self._proxy._seen(
+            self._proxy._plain()[key], lambda value: value[key], lambda value, part: with_entry(value, key, part)
+        )
 
     def __setitem__(self, token: Any, value: Any) -> None:
-        if self._proxy.is_pending:
-            self._proxy.defer(_set_tokens, token, value)
+        if self._proxy._is_pending:
+            self._proxy._defer(_set_tokens, token, value)
             return
         self._proxy[self._key(token)] = value
 

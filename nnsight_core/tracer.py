@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from nnsight_core.arguments import save
 from nnsight_core.current import closed, opened
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
 from nnsight_core.passes import Call, Part, Pass
-from nnsight_core.proxy import save
 from nnsight_core.rows import rows_of
+from nnsight_core.sites import user_frame
 from nnsight_core.tape import Tape
 
 Prepare = Callable[..., Call]
@@ -36,7 +38,7 @@ class Tracer:
     ) -> None:
         self._model = model
         self._root = model._tree.root
-        self._prepare = prepare
+        self._prepare: Prepare | None = prepare
         self._combine = combine
         self._has_input = has_input
         self._counts_steps = counts_steps
@@ -53,6 +55,8 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self._entered:
             raise RuntimeError("This trace is open already. Call .trace(...) again for another one.")
+        if self._prepare is None:
+            raise RuntimeError("This trace has been run. Call .trace(...) again for another one.")
         self._entered = True
         if self._has_input:
             try:
@@ -68,7 +72,7 @@ class Tracer:
         self._gathered.append(part)
         self._parts.append(part)
         self._current = part
-        opened(part)
+        opened(part, user_frame())
 
     def _start_pass(self, live: Part | None) -> None:
         parts, self._gathered = self._gathered, []
@@ -123,6 +127,8 @@ class Tracer:
                 self._pass.unwind()
         finally:
             self._pass = None
+            # What was traced may be large, and the tracer may outlive the block.
+            self._prepare, self._batch = None, Call(_nothing)
             for part in self._parts:
                 closed(part)
                 part.scope.close()
@@ -132,7 +138,8 @@ class Tracer:
             self._entered = False
 
     def __del__(self) -> None:
-        if getattr(self, "_entered", False):
+        # While Python shuts down no coroutine can have its turn any more, and nothing needs to be put back.
+        if getattr(self, "_entered", False) and not sys.is_finalizing():
             self._close()
 
     # Invokes.
@@ -157,6 +164,7 @@ class Tracer:
             raise RuntimeError("This trace has an input already. Open it with model.trace() to give it invokes.")
         if self._current is not None:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
+        assert self._prepare is not None
         part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
         part.record(self)
         self._begin(part)

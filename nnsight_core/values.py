@@ -24,6 +24,17 @@ def is_dataclass_value(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
+def fitting(old: Any, new: Any) -> Any:
+    """``new`` for the place of ``old``: a plain number in the place of a tensor fills it.
+
+    >>> fitting(torch.ones(2), 3)
+    tensor([3., 3.])
+    """
+    if isinstance(old, torch.Tensor) and isinstance(new, (int, float)):
+        return torch.full_like(old, new)
+    return new
+
+
 def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, ...]:
     """A tuple (or named tuple) like ``container`` with the entries at ``index`` replaced.
 
@@ -31,7 +42,7 @@ def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, .
     (9, 2, 3)
     """
     entries = list(container)
-    entries[index] = item
+    entries[index] = fitting(entries[index], item)
     return type(container)(*entries) if hasattr(container, "_fields") else tuple(entries)
 
 
@@ -44,12 +55,18 @@ def with_entry(container: Any, key: Any, entry: Any) -> Any:
     if isinstance(container, tuple):
         return with_item(container, key, entry)
     changed = own_copy(container)
+    if not isinstance(container, torch.Tensor) and not isinstance(key, slice):
+        known = not isinstance(container, Mapping) or key in container
+        entry = fitting(container[key], entry) if known else entry
     changed[key] = entry
     return changed
 
 
 def with_attribute(owner: Any, name: str, value: Any) -> Any:
-    """``owner`` with its attribute set: a changed copy of a dataclass, and anything else in place."""
+    """``owner`` with its attribute set: a changed copy of a dataclass or named tuple, and anything else in place."""
+    if hasattr(owner, "_fields") and name in owner._fields:
+        return owner._replace(**{name: fitting(getattr(owner, name), value)})
+    value = fitting(getattr(owner, name, None), value)
     if not is_dataclass_value(owner):
         setattr(owner, name, value)
         return owner
@@ -69,7 +86,7 @@ def own_copy(value: Any) -> Any:
     return value
 
 
-def _entries(value: Any) -> list[tuple[Any, Any]]:
+def entries_of(value: Any) -> list[tuple[Any, Any]]:
     """What ``value`` directly holds, as (key, entry); empty for anything that is not a container."""
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
@@ -83,7 +100,7 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
 def _path_to_first_tensor(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, torch.Tensor):
         return ()
-    for key, entry in _entries(value):
+    for key, entry in entries_of(value):
         rest = _path_to_first_tensor(entry)
         if rest is not None:
             return (key, *rest)
@@ -98,6 +115,15 @@ def _with(container: Any, key: Any, entry: Any) -> Any:
     if isinstance(container, (tuple, list, Mapping)):
         return with_entry(container, key, entry)
     return with_attribute(container, key, entry)
+
+
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to each of its entries; itself where that changes none of them."""
+    for key, entry in entries_of(value):
+        new = change(entry)
+        if new is not entry:
+            value = _with(value, key, new)
+    return value
 
 
 def first_tensor(value: Any) -> torch.Tensor:
@@ -151,9 +177,10 @@ def with_first_argument(pair: Pair, value: Any) -> Pair:
     """The call ``pair`` with its first argument replaced by ``value``."""
     args, kwargs = pair
     if args:
-        return (value, *args[1:]), kwargs
+        return (fitting(args[0], value), *args[1:]), kwargs
     if kwargs:
-        return args, {**kwargs, next(iter(kwargs)): value}
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: fitting(kwargs[name], value)}
     return (value,), kwargs
 
 

@@ -38,10 +38,10 @@ class Place:
     put: Callable[[Any, Any], Any] = with_first_tensor
 
 
-def read(root: Envoy, place: Place) -> Any:
+def read(root: Envoy, place: Place, setting: bool = False) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
     scope = root.open_scope(place.label)
-    whole: Proxy = root.get(place.path).read(place.kind, place.label)
+    whole: Proxy = root.get(place.path).read(place.kind, place.label, setting)
 
     def get(value: Any) -> Any:
         return _by_prompt(place.get(value), scope)
@@ -49,7 +49,7 @@ def read(root: Envoy, place: Place) -> Any:
     def put(value: Any, part: Any) -> Any:
         return place.put(value, part.reshape(place.get(value).shape))
 
-    return whole.lens(get, put)
+    return whole.as_part(get, put)
 
 
 def write(root: Envoy, place: Place, value: Any) -> None:
@@ -58,7 +58,7 @@ def write(root: Envoy, place: Place, value: Any) -> None:
     Raises:
         ShapeError: ``value`` has another shape than what stands there.
     """
-    read(root, place).update(_fitted, place.label, value)
+    read(root, place, setting=True).update_value(_fitted, place.label, value)
 
 
 def _fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnsight_core.proxy import apply, unwrap
+from nnsight_core.arguments import apply, unwrap
 from nnsight_core.values import own_copy
 from nnterp.errors import PositionError, SteeringVectorError
 
@@ -37,6 +37,7 @@ class ResidualStream:
         """Add ``factor * steering_vector`` to the output of one or more layers (Turner et al. 2023, "Activation
         Addition").
 
+        >>> from nnterp import StandardizedTransformer
         >>> model = StandardizedTransformer("demo-gpt2")
         >>> with model.trace("The Eiffel Tower is in the city of"):
         ...     model.steer(layers=[1, 3], steering_vector=torch.ones(model.hidden_size), factor=0.5)
@@ -78,6 +79,7 @@ class ResidualStream:
         The output of each is what came into the first of them, or ``skip_with`` of shape (batch, position, hidden). The
         layers' own computation still runs, so that a key-value cache stays whole; nothing of it reaches the stream.
 
+        >>> from nnterp import StandardizedTransformer
         >>> model = StandardizedTransformer("demo-gpt2")
         >>> with model.trace("The Eiffel Tower is in the city of"):
         ...     model.skip_layers(1, 2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnsight_core.proxy import apply
+from nnsight_core.arguments import apply
 from nnterp.errors import TopCountError
 from nnterp.token_text import token_text
 
@@ -33,6 +33,7 @@ class Vocabulary:
         On the last layer's output it gives the model's own logits. Works on plain tensors and inside a trace. This is
         the logit lens (nostalgebraist, 2020, "interpreting GPT: the logit lens").
 
+        >>> from nnterp import StandardizedTransformer
         >>> model = StandardizedTransformer("demo-gpt2")
         >>> with model.trace("The Eiffel Tower is in the city of"):
         ...     logits = model.project_on_vocab(model.layers_output[2]).save()
@@ -75,6 +76,7 @@ class Vocabulary:
     def get_topk_closest_tokens(self, hidden_state: Any, k: int = 5) -> Any:
         """The ``k`` most probable tokens that a hidden state gives through the unembedding.
 
+        >>> from nnterp import StandardizedTransformer
         >>> model = StandardizedTransformer("demo-gpt2")
         >>> with model.trace("The Eiffel Tower is in the city of"):
         ...     hidden = model.layers_output[-1][:, -1].save()

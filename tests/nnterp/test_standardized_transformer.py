@@ -109,7 +109,9 @@ def test_the_closest_tokens_of_a_hidden_state(demo_gpt2: StandardizedTransformer
     for row, probabilities in zip(found, expected.value, strict=True):
         assert list(row.values()) == pytest.approx(probabilities.topk(3).values.tolist(), rel=1e-4)
         assert list(row) == [demo_gpt2.tokenizer.decode([i]) for i in probabilities.topk(3).indices.tolist()]
-    assert demo_gpt2.get_topk_closest_tokens(hidden[0], k=3) == found[0]
+    alone = demo_gpt2.get_topk_closest_tokens(hidden[0], k=3)
+    assert list(alone) == list(found[0])
+    assert list(alone.values()) == pytest.approx(list(found[0].values()), rel=1e-4)
     with pytest.raises(ValueError, match="Give a number from 1 to"):
         demo_gpt2.get_topk_closest_tokens(hidden, k=0)
 

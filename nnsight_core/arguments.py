@@ -1,0 +1,155 @@
+"""Proxies among the arguments of a call: found, replaced by their values, and watched for being changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from nnsight_core.values import entries_of, is_dataclass_value, rebuilt
+
+#: Stands in a proxy for a value that has yet to arrive.
+PENDING: Any = type("Pending", (), {"__repr__": lambda self: "<pending>"})()
+#: Stands in a proxy for a value that was let go.
+RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
+
+_LEAVES = (torch.Tensor, str, int, float, bool, type(None), torch.nn.Module)
+
+
+class Standin:
+    """What every proxy is at bottom: a value, the scope that it lives in, and its place in the model."""
+
+    __slots__ = ()
+    _value: Any
+    _scope: Any
+    _origin: Any
+    _tape: Any
+
+    def _plain(self) -> Any:
+        raise TypeError(f"{type(self).__name__} has no value.")
+
+    def save(self) -> Any:
+        """Keep the value beyond the trace."""
+        raise TypeError(f"{type(self).__name__} has no value.")
+
+
+def plain(value: Any) -> Any:
+    """The value of a proxy; anything else as it is.
+
+    Raises:
+        ReleasedValueError: the proxy was not saved and its trace is over.
+    """
+    return value._plain() if issubclass(type(value), Standin) else value
+
+
+def _version(tensor: Any) -> int:
+    # Tensors made in inference mode do not count their changes.
+    return -1 if not isinstance(tensor, torch.Tensor) or tensor.is_inference() else tensor._version
+
+
+class Met:
+    """The proxies that were met while arguments were unwrapped."""
+
+    __slots__ = ("_places", "scope")
+
+    def __init__(self) -> None:
+        #: The scope of the first proxy whose trace is still open.
+        self.scope: Any = None
+        self._places: list[tuple[Any, Any, int]] = []
+
+    def add(self, proxy: Any, value: Any) -> None:
+        """Note a proxy and its value."""
+        if proxy._scope.open:
+            self.scope = self.scope or proxy._scope
+            if proxy._origin is not None:
+                self._places.append((proxy._origin, value, _version(value)))
+
+    def check_changes(self) -> None:
+        """Raises:
+        OutOfOrderError: the call has changed a value in place that the model has gone by.
+        """
+        for origin, value, version in self._places:
+            if _version(value) != version:
+                origin.event.check_writable()
+
+
+def unwrap(value: Any, met: Met | None = None) -> Any:
+    """``value`` with every proxy inside containers of any kind replaced by its value."""
+    kind = type(value)
+    if issubclass(kind, Standin):
+        inner = value._plain()
+        if met is not None:
+            met.add(value, inner)
+        return inner
+    if issubclass(kind, _LEAVES):
+        return value
+    if kind is tuple:
+        return tuple([unwrap(entry, met) for entry in value])
+    if kind is list:
+        return [unwrap(entry, met) for entry in value]
+    if kind is dict:
+        return {key: unwrap(entry, met) for key, entry in value.items()}
+    if kind is slice:
+        return slice(unwrap(value.start, met), unwrap(value.stop, met), unwrap(value.step, met))
+    if issubclass(kind, (tuple, list, Mapping)) or is_dataclass_value(value):
+        return rebuilt(value, lambda entry: unwrap(entry, met))
+    return value
+
+
+def pending_tape(value: Any) -> Any:
+    """The tape of the first pending proxy inside containers of any kind; None if all values are there."""
+    kind = type(value)
+    if issubclass(kind, Standin):
+        return value._tape if value._value is PENDING else None
+    if issubclass(kind, _LEAVES):
+        return None
+    entries: Iterable[Any]
+    if kind is tuple or kind is list:
+        entries = value
+    elif kind is slice:
+        entries = (value.start, value.stop, value.step)
+    elif issubclass(kind, (tuple, list, Mapping)) or dataclasses.is_dataclass(kind):
+        entries = [entry for _, entry in entries_of(value)]
+    else:
+        return None
+    for entry in entries:
+        tape = pending_tape(entry)
+        if tape is not None:
+            return tape
+    return None
+
+
+def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` on the values of proxies, wherever they stand in the arguments.
+
+    Inside a trace the result is a proxy again; once all proxies are finished it is the plain result.
+    """
+    tape = pending_tape((args, kwargs))
+    if tape is not None:
+        return tape.record(function, *args, **kwargs)
+    met = Met()
+    plain_args, plain_kwargs = unwrap(args, met), unwrap(kwargs, met) if kwargs else kwargs
+    result = function(*plain_args, **plain_kwargs)
+    met.check_changes()
+    # What came in plainly and comes back itself, as `total += value` does, stays what it was.
+    if met.scope is None or any(result is each for each in args):
+        return result
+    return met.scope.wrap(result)
+
+
+def save(value: Any) -> Any:
+    """Keep every proxy in ``value`` (a proxy, or lists, tuples and dicts of them) beyond the trace.
+
+    Plain Python objects live as long as their variables do and come back as they are.
+    """
+    if issubclass(type(value), Standin):
+        return value.save()
+    if type(value) in (list, tuple):
+        for entry in value:
+            save(entry)
+    elif type(value) is dict:
+        for entry in value.values():
+            save(entry)
+    return value

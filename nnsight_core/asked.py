@@ -1,0 +1,62 @@
+"""Who asks a pass for values, and for which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from nnsight_core.errors import NNsightError
+from nnsight_core.events import Event
+from nnsight_core.sites import Site
+
+
+class Asked:
+    """A value that a client waits for.
+
+    Args:
+        module: whose value.
+        kind: ``"input"`` or ``"output"`` of its call.
+        label: what the user calls it.
+        site: the user's line.
+        ancestors: the modules inside whose calls it runs.
+        step: the run of the model in which it is wanted, counted from 0; None if it belongs to no run in particular.
+        otherwise: something else that would do as well, whichever comes first.
+        setting: it is asked for to be set.
+    """
+
+    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step")
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        kind: str,
+        label: str,
+        site: Site,
+        ancestors: Iterable[torch.nn.Module],
+        step: int | None = None,
+        otherwise: Asked | None = None,
+        setting: bool = False,
+    ) -> None:
+        self.module = module
+        self.kind = kind
+        self.label = label
+        self.site = site
+        self.ancestors = ancestors
+        self.step = step
+        self.otherwise = otherwise
+        self.setting = setting
+
+
+class Client(Protocol):
+    """Somebody who asks for values of a pass."""
+
+    #: The last value that it got.
+    last_read: Asked | None
+
+    def advance(self, event: Event) -> None:
+        """``event`` is what the client waits for: do what is to be done with it, and wait for the next, or not."""
+
+    def missed(self, error: NNsightError) -> None:
+        """What the client waits for cannot come any more."""

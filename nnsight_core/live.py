@@ -1,0 +1,53 @@
+"""The body of a live trace as a client of the interleaver."""
+
+from __future__ import annotations
+
+from nnsight_core.asked import Asked
+from nnsight_core.errors import NNsightError
+from nnsight_core.events import Event
+from nnsight_core.interleaver import Interleaver
+
+
+class LiveClient:
+    """The body of a trace, which runs where it stands."""
+
+    def __init__(self, interleaver: Interleaver) -> None:
+        self._interleaver = interleaver
+        self.last_read: Asked | None = None
+        self._error: NNsightError | None = None
+
+    def ask(self, asked: Asked) -> Event:
+        """Let the model run until it has the value, and return it.
+
+        Raises:
+            OutOfOrderError: the forward pass has gone by it.
+            ModuleNotRunError: the module does not run in this pass.
+            StepNotRunError: the model does not run so often.
+            TraceStoppedError: ``stop`` was called before.
+        """
+        interleaver = self._interleaver
+        event = interleaver.event
+        if event is None or not interleaver.fits(asked, event):
+            if interleaver.stopped_at is not None:
+                raise interleaver.missing(self, asked)
+            interleaver.check_thread()
+            interleaver.wait(self, asked)
+            interleaver.give_turn()
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            event = interleaver.event
+            if event is None or not interleaver.fits(asked, event):
+                interleaver.give_up(self)
+                raise interleaver.missing(self, asked)
+        self.last_read = asked
+        return event
+
+    def advance(self, event: Event) -> None:
+        """The model's side: the value is there."""
+        self._interleaver.hand_over()
+
+    def missed(self, error: NNsightError) -> None:
+        """The model's side: the value cannot come any more."""
+        self._error = error
+        self._interleaver.hand_over()

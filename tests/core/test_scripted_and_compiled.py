@@ -1,0 +1,81 @@
+"""Modules that torch has scripted or compiled are read and set from the outside like any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nnsight_core import NNsight, NNsightError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+X = torch.linspace(-1, 1, 6).reshape(2, 3)
+
+
+def check_read_and_set(net: nn.Sequential) -> None:
+    """The middle module is read, set, and stopped at."""
+    model = NNsight(net)
+    plain = net(X)
+    with model.trace(X):
+        given = model[1].input.save()
+        hidden = model[1].output.save()
+        output = model.output.save()
+    assert torch.equal(given + 0, net[0](X))
+    assert torch.equal(hidden.value, net[1](net[0](X)))
+    assert torch.equal(output.value, plain)
+    with model.trace(X):
+        model[1].input = model[1].input + 1
+        model[1].output = model[1].output * 2
+        output = model.output.save()
+    assert torch.equal(output.value, net[2](net[1](net[0](X) + 1) * 2))
+    with model.trace(X) as tracer:
+        assert model[1].output is not None
+        tracer.stop()
+    assert torch.equal(net(X), plain)
+
+
+def test_around_a_scripted_submodule_which_takes_no_hooks() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    net = nn.Sequential(nn.Linear(3, 3), scripted, nn.Linear(3, 3))
+    model = NNsight(net)
+    for ask in (lambda: model[1].output, lambda: model[1].input, lambda: model[1][0].output):
+        with pytest.raises((RuntimeError, NNsightError), match="ScriptModule"), model.trace(X):
+            ask()
+    with model.trace(X):
+        before = model[0].output.save()
+        after = model[2].input.save()
+        model[2].input = model[2].input * 2
+        output = model.output.save()
+    assert torch.equal(after + 0, scripted(before.value))
+    assert torch.equal(output.value, net[2](scripted(before.value) * 2))
+
+
+def test_a_compiled_submodule() -> None:
+    compiled = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend="eager")
+    check_read_and_set(nn.Sequential(nn.Linear(3, 3), compiled, nn.Linear(3, 3)))
+    torch._dynamo.reset()
+
+
+def test_a_compiled_module_of_the_users_called_with_a_proxy() -> None:
+    compiled = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend="eager")
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model = NNsight(net)
+    with model.trace(X):
+        by_position = compiled(model[0].output).save()
+        by_keyword = compiled(input=model[0].output).save()
+    assert torch.equal(by_position.value, compiled(net[0](X)))
+    assert torch.equal(by_keyword.value, by_position.value)
+    torch._dynamo.reset()
+
+
+def test_a_scripted_module_of_the_users_called_with_a_proxy() -> None:
+    scripted = torch.jit.script(nn.Linear(3, 3))
+    net = nn.Sequential(nn.Linear(3, 3))
+    model = NNsight(net)
+    with model.trace(X):
+        result = scripted(model[0].output).save()
+    assert torch.equal(result.value, scripted(net[0](X)))
