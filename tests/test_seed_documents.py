@@ -1,0 +1,101 @@
+"""The examples of the documents that this project takes for its specification, run as they stand.
+
+Each test names its document and block. ``gpt2`` is the GPT-2 that comes along, and prompts and numbers of layers fit it.
+Left out for now are the blocks on gradients (they need the backward block) and on caching.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nnsight_core import OutOfOrderError
+from nnterp import StandardizedTransformer
+
+BEST_PRACTICES: dict[str, str] = {
+    "execution order": """
+# CORRECT: Access layers in forward order
+with model.trace("My tailor is rich"):
+    l1 = model.layers_output[1]  # Access layer 1 first
+    l2 = model.layers_output[2]  # Then layer 2
+    logits = model.logits        # Finally the output
+
+# INCORRECT: This will fail!
+try:
+    with model.trace("My tailor is rich"):
+        l2 = model.layers_output[2]  # Access layer 2 first
+        l1 = model.layers_output[1]  # Then layer 1 - ERROR!
+except Exception as e:
+    error = e
+""",
+    "all model components": """
+with model.trace("Hello"):
+    # CORRECT: Forward pass order
+    attn_0 = model.attentions_output[0]    # Layer 0 attention
+    mlp_0 = model.mlps_output[0]           # Layer 0 MLP
+    layer_0 = model.layers_output[0]       # Layer 0 output
+    attn_1 = model.attentions_output[1]    # Layer 1 attention
+    # ... and so on
+    shapes = {tuple(value.shape) for value in (attn_0, mlp_0, layer_0, attn_1)}
+""",
+    "stop": """
+import time
+
+# Without tracer.stop() - computes all layers
+start = time.time()
+for _ in range(10):
+    with model.trace("Hello world"):
+        layer_5_out = model.layers_output[5].save()
+time_without_stop = time.time() - start
+whole = layer_5_out
+
+# With tracer.stop() - only computes up to layer 5
+start = time.time()
+for _ in range(10):
+    with model.trace("Hello world") as tracer:
+        layer_5_out = model.layers_output[5].save()
+        tracer.stop()  # Stop here - don't compute remaining layers
+time_with_stop = time.time() - start
+""",
+}
+
+
+def run(block: str, model: StandardizedTransformer) -> dict[str, Any]:
+    names: dict[str, Any] = {"model": model}
+    exec(compile(block, "seed document", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_best_practices_execution_order(name: str, request: pytest.FixtureRequest) -> None:
+    names = run(BEST_PRACTICES["execution order"], request.getfixturevalue(name.replace("-", "_")))
+    assert isinstance(names["error"], OutOfOrderError)
+    assert "layers_output[1]" in str(names["error"]) and "layers_output[2]" in str(names["error"])
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_best_practices_all_model_components(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name.replace("-", "_"))
+    (shape,) = run(BEST_PRACTICES["all model components"], model)["shapes"]
+    assert shape[-1] == model.hidden_size
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_best_practices_stop(name: str, request: pytest.FixtureRequest) -> None:
+    names = run(BEST_PRACTICES["stop"], request.getfixturevalue(name.replace("-", "_")))
+    assert (names["layer_5_out"] == names["whole"]).all()
+
+
+def test_stop_leaves_the_later_layers_uncomputed(demo_gpt2: StandardizedTransformer) -> None:
+    ran = []
+    handles = [layer._module.register_forward_hook(lambda m, a, o: ran.append(m)) for layer in demo_gpt2.layers]
+    try:
+        with demo_gpt2.trace("Hello world") as tracer:
+            hidden = demo_gpt2.layers_output[2].save()
+            tracer.stop()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [layer._module for layer in demo_gpt2.layers][:3]
+    assert hidden.shape[-1] == demo_gpt2.hidden_size
