@@ -1,6 +1,6 @@
 """The examples of the documents that this project takes for its specification, run as they stand.
 
-Each test names its document and block. ``gpt2`` is the GPT-2 that comes along, and prompts and numbers of layers fit it.
+Each test names its document and block. ``gpt2`` is the GPT-2 that comes along; prompts and numbers of layers fit it.
 Left out for now are the blocks on gradients (they need the backward block) and on caching.
 """
 
