@@ -4,6 +4,7 @@ from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
+    GradientError,
     InputError,
     MissingInputError,
     ModelNotFoundError,
@@ -15,6 +16,7 @@ from nnsight_core.errors import (
     OutOfOrderError,
     PromptTooLongError,
     ReleasedValueError,
+    StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "apply",
     "EmptyPromptError",
     "Envoy",
+    "GradientError",
     "InputError",
     "LanguageModel",
     "MissingInputError",
@@ -42,6 +45,7 @@ __all__ = [
     "Proxy",
     "ReleasedValueError",
     "save",
+    "StepNotRunError",
     "Tracer",
     "TraceStoppedError",
     "WrongThreadError",

@@ -153,3 +153,13 @@ def save(value: Any) -> Any:
         for entry in value.values():
             save(entry)
     return value
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, as a step that can be recorded."""
+    return function(*args, **kwargs)
+
+
+def call_method(proxy: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """``proxy.name(*args, **kwargs)``, as a step that can be recorded."""
+    return getattr(proxy, name)(*args, **kwargs)

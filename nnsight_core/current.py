@@ -28,9 +28,11 @@ class OpenTrace(Protocol):
     def scope(self) -> Scope:
         """Where the values live."""
 
-    @property
-    def step(self) -> int | None:
-        """The run of the model that values are asked of, if they are counted."""
+    def step_of(self, module: torch.nn.Module) -> int:
+        """The run of the model that values of ``module`` are asked of, counted from 0."""
+
+    def next_step_of(self, module: torch.nn.Module) -> None:
+        """From now on, ask ``module`` for the values of the next run."""
 
     def ask(self, asked: Asked) -> Proxy:
         """The value asked for, present or pending."""

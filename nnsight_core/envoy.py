@@ -87,6 +87,8 @@ class Envoy:
     _tree: Tree
     _names: Names
     _children: dict[str, Envoy]
+    #: It stands for the result of a whole pass, which belongs to no run of the model in particular.
+    _is_result = False
 
     def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
         self._module = module
@@ -217,7 +219,8 @@ class Envoy:
         label = label or f"{self._path or 'model'}.{kind}"
         trace = self._trace(label)
         module = self._module
-        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), trace.step, setting=setting)
+        step = None if self._is_result else trace.step_of(module)
+        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), step, setting=setting)
         return trace.ask(asked)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
@@ -261,6 +264,11 @@ class Envoy:
         self.write("input", value)
 
     inputs = input
+
+    def next(self) -> Envoy:
+        """The same module in the next generation step: ``model.lm_head.next().output``."""
+        self._trace(f"{self._path or 'model'}.next()").next_step_of(self._module)
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""

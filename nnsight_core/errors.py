@@ -7,6 +7,7 @@
     │   ├── StepNotRunError      a generation step was asked for that did not come
     │   └── TraceStoppedError    a value was asked for after tracer.stop()
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
+    ├── GradientError            a gradient that is not there, or cannot be
     ├── NoTraceError             a value was asked for outside a trace
     ├── ReleasedValueError       a value that was not saved was used after its trace
     ├── NoSuchModuleError        a name that is not in the module tree
@@ -103,7 +104,7 @@ class StepNotRunError(OrderError):
 
     def __init__(self, asked: str, asked_at: Site, step: int, ran: int) -> None:
         super().__init__(
-            f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {ran} steps.\n"
+            f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {ran} times.\n"
             f"{_table([('asked for', asked, asked_at)])}\n"
             "Ask for fewer steps or generate more tokens. For as many steps as there are, write\n"
             "    for step in tracer.iter[:]: ..."
@@ -128,6 +129,19 @@ class WrongThreadError(NNsightError):
         super().__init__(
             "This trace was opened in another thread, and a forward pass cannot move between threads.\n"
             "Open the trace in the thread that works with its values; threads may trace one model at the same time."
+        )
+
+
+class GradientError(NNsightError):
+    """A gradient that is not there yet, or cannot be."""
+
+    def __init__(self, what: str, site: Site) -> None:
+        super().__init__(
+            f"A gradient was {what}.\n{_table([('at', site.source or 'this line', site)])}\n"
+            "Gradients come in a backward pass: save them in the block, and look at them after it.\n"
+            "    with loss.backward():\n        gradient = hidden.grad.save()\n"
+            "The value must be on the way to the loss and require a gradient. Under torch.no_grad() none does; in a\n"
+            "model of frozen parameters, call hidden.requires_grad_() where you read it, before you ask for more."
         )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from nnsight_core.errors import OutOfOrderError
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
@@ -17,7 +15,7 @@ class Event:
 
     __slots__ = ("current", "kind", "label", "module", "replaced", "site", "value")
 
-    def __init__(self, module: torch.nn.Module, kind: str, label: str, value: Any, site: Site) -> None:
+    def __init__(self, module: Any, kind: str, label: str, value: Any, site: Site) -> None:
         self.module = module
         self.kind = kind
         self.label = label

@@ -175,6 +175,11 @@ def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Modu
             handle.remove()
 
 
+def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """Call ``arrived`` with the gradient of ``tensor`` in the next backward pass; ``.remove()`` takes it back."""
+    return tensor.register_hook(arrived)
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -6,6 +6,7 @@ import inspect
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +17,9 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
-from nnsight_core.envoy import Names
+from nnsight_core.envoy import Envoy, Names
 from nnsight_core.errors import (
     EmptyPromptError,
     InputError,
@@ -27,6 +29,7 @@ from nnsight_core.errors import (
 )
 from nnsight_core.model import NNsight
 from nnsight_core.passes import Call
+from nnsight_core.tracer import Tracer
 
 #: A prompt as text, as token ids, or as a tensor of ids of shape (position) or (batch, position); or several prompts.
 Prompts = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]"
@@ -96,6 +99,42 @@ class LanguageModel(NNsight):
         rows = self._token_rows(given, options)
         return self._batch_call(self._padded(rows), kwargs)
 
+    def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+        """Open a trace of a generation: the model is run once for the prompt and once for each further token.
+
+        >>> from nnsight_core import LanguageModel
+        >>> from nnterp.demo_models import demo_model_path
+        >>> model = LanguageModel(demo_model_path("demo-gpt2"))
+        >>> with model.generate("The Eiffel Tower is in the city of", max_new_tokens=2) as tracer:
+        ...     last = [model.lm_head.output[:, -1].argmax(-1).save() for step in tracer.iter[:]]
+        ...     tokens = model.generator.output.save()
+        >>> [token.item() for token in last] == tokens[0, -2:].tolist()
+        True
+
+        Args:
+            inputs: the prompts, as for :meth:`trace`; none if they come from invokes.
+            invoker_args: options for the tokenizer.
+            kwargs: any arguments of transformers' ``generate``.
+        """
+        prepare = partial(self._prepare_generation, options=dict(invoker_args or {}), generation=unwrap(kwargs))
+        if not inputs:
+            return Tracer(self, prepare, self._combine, self._result, has_input=False)
+        return Tracer(self, partial(prepare, *inputs), self._combine, self._result, has_input=True)
+
+    def _prepare_generation(self, *inputs: Any, options: dict[str, Any], generation: dict[str, Any]) -> Call:
+        call = self._prepare(unwrap(inputs), {}, options)
+        tokens = {name: value for name, value in call.kwargs.items() if name != "position_ids"}
+        if "input_ids" in tokens:
+            tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
+        module: Any = self._module
+        run = partial(module.generate, **generation)
+        return replace(call, function=run, kwargs=tokens, runs_repeatedly=True)
+
+    @property
+    def generator(self) -> Envoy:
+        """The end of a generation: ``model.generator.output`` are all tokens, (batch, position), prompts included."""
+        return self._result
+
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
         device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
         batch = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
@@ -129,7 +168,11 @@ class LanguageModel(NNsight):
             rows += [row[kept != 0].tolist() for row, kept in zip(ids, own, strict=True)]
             sizes.append(len(ids))
             others.append({k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS})
-        return replace(self._batch_call(self._padded(rows), joined(others)), function=calls[0].function), sizes
+        first = calls[0]
+        call = self._batch_call(self._padded(rows), joined(others))
+        if first.runs_repeatedly:
+            call.kwargs.pop("position_ids", None)
+        return replace(call, function=first.function, runs_repeatedly=first.runs_repeatedly), sizes
 
     def _token_rows(self, given: Any, options: dict[str, Any]) -> list[list[int]]:
         """Every prompt as a list of token ids."""

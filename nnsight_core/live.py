@@ -43,6 +43,11 @@ class LiveClient:
         self.last_read = asked
         return event
 
+    def is_in_step(self, step: int) -> bool:
+        """Whether the model is in its run number ``step``, or beyond it."""
+        now = self._interleaver.step
+        return now is not None and now >= step
+
     def advance(self, event: Event) -> None:
         """The model's side: the value is there."""
         self._interleaver.hand_over()

@@ -12,9 +12,15 @@ from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
 from nnsight_core.envoy import Envoy, Names, Tree
 from nnsight_core.errors import MissingInputError
-from nnsight_core.passes import Call
+from nnsight_core.passes import Call, Result
 from nnsight_core.tracer import Tracer
 from nnsight_core.values import first_tensor
+
+
+class ResultEnvoy(Envoy):
+    """What a whole pass gives: ``.output`` is a model's own output, or the tokens that were generated."""
+
+    _is_result = True
 
 
 class NNsight(Envoy):
@@ -37,6 +43,7 @@ class NNsight(Envoy):
 
     def __init__(self, module: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
         super().__init__(module, "", Tree(module, aliases))
+        self._result = ResultEnvoy(Result(), "result", self._tree)
 
     def trace(
         self,
@@ -61,8 +68,8 @@ class NNsight(Envoy):
             call = prepare(*inputs)
             return call.function(*call.args, **call.kwargs)
         if not inputs and not kwargs:
-            return Tracer(self, self._prepare_invoke, self._combine, has_input=False)
-        return Tracer(self, partial(prepare, *inputs), self._combine, has_input=True)
+            return Tracer(self, self._prepare_invoke, self._combine, self._result, has_input=False)
+        return Tracer(self, partial(prepare, *inputs), self._combine, self._result, has_input=True)
 
     def _prepare_unwrapped(self, *inputs: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Call:
         return self._prepare(unwrap(inputs), kwargs, options)

@@ -12,6 +12,7 @@ import torch
 
 from nnsight_core.asked import Asked
 from nnsight_core.events import Event
+from nnsight_core.gradients import GradientTape
 from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
@@ -31,6 +32,7 @@ class Call:
         kwargs: its keyword arguments.
         padding: how many padding tokens stand left of each prompt, if the input is a batch of prompts.
         prompt_length: the length of the padded prompts.
+        runs_repeatedly: the call may run the model several times, as generation does.
     """
 
     function: Callable[..., Any]
@@ -38,6 +40,15 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     padding: Sequence[int] | None = None
     prompt_length: int = 0
+    runs_repeatedly: bool = False
+
+
+class Result(torch.nn.Module):
+    """The last module of every pass: it is called with what the pass gives, and hands it on."""
+
+    def forward(self, result: Any) -> Any:
+        """The result itself."""
+        return result
 
 
 class Part:
@@ -52,16 +63,26 @@ class Part:
         self.root = root
         self.call = call
         self.scope = Scope()
+        self.scope.gradient_tape = GradientTape
         self.scope.inputs = {} if call is None else call.kwargs
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
         #: The run of the model that values are asked of, where a pass may run it several times.
-        self.step: int | None = 0
+        self.step = 0
+        self._steps_of: dict[torch.nn.Module, int] = {}
 
     def record(self, recorder: Recorder) -> None:
         """From now on, what is done with values is recorded."""
         self.tape = Tape(self.scope, recorder)
+
+    def step_of(self, module: torch.nn.Module) -> int:
+        """The run of the model that values of ``module`` are asked of."""
+        return max(self.step, self._steps_of.get(module, 0))
+
+    def next_step_of(self, module: torch.nn.Module) -> None:
+        """From now on, ask ``module`` for the values of the next run."""
+        self._steps_of[module] = self.step_of(module) + 1
 
     def ask(self, asked: Asked) -> Proxy:
         """The value asked for: present if this body runs live, else pending."""
@@ -73,7 +94,15 @@ class Part:
     def proxy(self, event: Event) -> Proxy:
         """The proxy of what ``event`` gives, cut to this body's rows."""
         origin = event.origin(self.rows)
+        if self.rows is not None and self._wants_gradients() and torch.is_grad_enabled():
+            # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
+            cut = self.rows.take(event.value)
+            event.put(self.rows.put(event.value, cut))
+            return self.scope.proxy(cut, origin, is_call=event.kind == "input")
         return self.scope.proxy(origin.read(), origin, is_call=event.kind == "input")
+
+    def _wants_gradients(self) -> bool:
+        return self.tape is None or self.tape.mentions("grad")
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
@@ -92,13 +121,15 @@ class Pass:
         call: the call to make.
         parts: the bodies that it serves, in their order.
         root: the model.
-        counts_steps: the call may run the model several times.
+        result: the module that is called with what the pass gives.
     """
 
-    def __init__(self, call: Call, parts: Sequence[Part], root: torch.nn.Module, counts_steps: bool = False) -> None:
-        run = partial(call.function, *call.args, **call.kwargs)
+    def __init__(self, call: Call, parts: Sequence[Part], root: torch.nn.Module, result: torch.nn.Module) -> None:
+        def run() -> Any:
+            return result(call.function(*call.args, **call.kwargs))
+
         witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
-        self.interleaver = Interleaver(run, witness, root if counts_steps else None)
+        self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
         self.forward: ForwardPass = self.interleaver.own()
         self._parts = parts
         self._thread = threading.get_ident()

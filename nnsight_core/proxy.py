@@ -30,6 +30,8 @@ from nnsight_core.values import (
 
 _set = object.__setattr__
 
+#: Methods that turn a value into plain Python, for which it has to be there.
+_LOOKS = frozenset({"item", "tolist", "numpy"})
 #: Methods of lists and dicts that change them.
 _CONTAINER_CHANGES = frozenset("append clear extend insert pop popitem remove reverse setdefault sort update".split())
 
@@ -198,6 +200,8 @@ class Proxy(Operators, Standin):
         if self._value is PENDING:
             return self._tape.record(getattr, self, name)
         owner = self._plain()
+        if name == "grad" and isinstance(owner, torch.Tensor) and self._scope.open:
+            return self._gradient(owner)
         found = getattr(owner, name)
         if isinstance(found, torch.Tensor) and share_storage(found, owner):
             return self._result(found, lambda value: getattr(value, name))
@@ -205,9 +209,16 @@ class Proxy(Operators, Standin):
             return self._seen(found, lambda value: getattr(value, name), lambda v, part: with_attribute(v, name, part))
         return partial(self._call_method, name) if self._scope.open else found
 
+    def _gradient(self, owner: torch.Tensor) -> Any:
+        # Where torch keeps gradients itself, and has one, that is it.
+        kept = owner.grad if owner.is_leaf or owner.retains_grad else None
+        return self._scope.gradients.gradient(owner) if kept is None else self._scope.wrap(kept)
+
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "backward" and self._scope.open:
+            return self._scope.gradients.backward(self, args, kwargs)
         tape = pending_tape((self, args, kwargs))
-        if tape is not None:
+        if tape is not None and name not in _LOOKS:
             return tape.record(call_method, self, name, *args, **kwargs)
         owner = self._plain()
         if isinstance(owner, Mapping) and self._scope.open:
@@ -258,6 +269,9 @@ class Proxy(Operators, Standin):
         return self._seen(result, operation, put)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "grad" and self._value is not PENDING and self._scope.open:
+            self._scope.gradients.gradient(self._plain()).set_value(value)
+            return
         tape = pending_tape((self, value))
         if tape is not None:
             tape.record(setattr, self, name, value)
@@ -379,20 +393,11 @@ class Proxy(Operators, Standin):
         return repr(self._value)
 
     def __str__(self) -> str:
-        return repr(self) if self._value is RELEASED else str(self._value)
+        return repr(self) if self._value is RELEASED else str(self._plain())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tape = pending_tape((self, args, kwargs))
         if tape is not None:
-            return tape.record(_call, self, *args, **kwargs)
+            return tape.record(call, self, *args, **kwargs)
         result = self._plain()(*unwrap(args), **unwrap(kwargs))
         return self._scope.wrap(result) if self._scope.open else result
-
-
-def call_method(proxy: Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
-    """``proxy.name(*args, **kwargs)``, as a step that can be recorded."""
-    return getattr(proxy, name)(*args, **kwargs)
-
-
-def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)

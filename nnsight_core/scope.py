@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,12 +68,15 @@ def _empty(kind: type[Any]) -> Any:
 class Scope:
     """The life of the values of one trace: all its proxies are made here and let go here."""
 
-    __slots__ = ("_limit", "_made", "inputs", "open", "padding", "prompt_length")
+    __slots__ = ("_gradients", "_limit", "_made", "gradient_tape", "inputs", "open", "padding", "prompt_length")
 
     def __init__(self) -> None:
         self.open = True
         self._made: list[weakref.ref[Proxy]] = []
         self._limit = 4096
+        #: Makes what records gradients; they are recorded by something that itself knows scopes.
+        self.gradient_tape: Callable[[Scope], Any] | None = None
+        self._gradients: Any = None
         #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
         self.inputs: Mapping[str, Any] = {}
         self.padding: Sequence[int] | None = None
@@ -109,6 +112,21 @@ class Scope:
             self._limit = max(4096, 2 * len(self._made))
         return made  # type: ignore[no-any-return]
 
+    @property
+    def gradients(self) -> Any:
+        """What records gradients in this scope."""
+        if self._gradients is None:
+            assert self.gradient_tape is not None
+            self._gradients = self.gradient_tape(self)
+        return self._gradients
+
+    def check_gradients(self) -> None:
+        """Raises:
+        GradientError: a gradient was asked for that has not come.
+        """
+        if self._gradients is not None:
+            self._gradients.give_up()
+
     def wrap(self, value: Any, origin: Origin | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
         if issubclass(type(value), Proxy) or callable(value):
@@ -120,6 +138,9 @@ class Scope:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
         self.inputs = {}
+        if self._gradients is not None:
+            self._gradients.drop()
+            self._gradients = None
         for reference in self._made:
             proxy = reference()
             if proxy is None:
@@ -147,9 +168,23 @@ def _take_over(proxy: Any, tensor: torch.Tensor) -> None:
         return
 
 
-def arrive(proxy: Proxy, live: Any) -> None:
+class Arrives:
+    """A pending proxy as an argument that is not to be replaced by its value."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+
+
+def arrive(proxy: Proxy | Arrives, live: Any) -> None:
     """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
+    if isinstance(proxy, Arrives):
+        proxy = proxy.proxy
     is_proxy = issubclass(type(live), Proxy)
+    if is_proxy and live._value is PENDING:
+        # A gradient, which comes later still: the step that gives it has been taken all the same.
+        _set(proxy, "_live", live)
+        live._tape.record(arrive, Arrives(proxy), live)
+        return
     _set(proxy, "_origin", live._origin if is_proxy else None)
     _set(proxy, "_live", live)
     proxy._adopt(live._get() if is_proxy else live)

@@ -103,6 +103,10 @@ class Tape:
         if recorder is not None:
             recorder.force(self)
 
+    def mentions(self, name: str) -> bool:
+        """Whether a step reads or sets the attribute ``name`` of a value."""
+        return any(type(arg) is str and arg == name for step in self.instructions for arg in step.args)
+
     def needs_others(self) -> bool:
         """Whether a step needs a value that has yet to arrive on another tape."""
 
@@ -116,7 +120,7 @@ class Tape:
         return any(pending(step.args) or pending(step.kwargs) for step in self.instructions)
 
 
-class _NotThereYet(Exception):
+class NotThereYet(Exception):
     """A step needs a value that another tape of the pass has not got yet."""
 
     def __init__(self, proxy: Proxy) -> None:
@@ -124,21 +128,21 @@ class _NotThereYet(Exception):
         self.proxy = proxy
 
 
-def _resolved(value: Any) -> Any:
+def resolved(value: Any) -> Any:
     """``value`` with pending proxies replaced by what has arrived for them."""
     kind = type(value)
     if issubclass(kind, Proxy):
         if value._tape is None:
             return value
-        if value._value is PENDING:
-            raise _NotThereYet(value)
+        if value._value is PENDING and value._live is None:
+            raise NotThereYet(value)
         return value._live
     if kind in (tuple, list):
-        return kind(_resolved(entry) for entry in value)
+        return kind(resolved(entry) for entry in value)
     if kind is dict:
-        return {key: _resolved(entry) for key, entry in value.items()}
+        return {key: resolved(entry) for key, entry in value.items()}
     if kind is slice:
-        return slice(*(_resolved(entry) for entry in (value.start, value.stop, value.step)))
+        return slice(*(resolved(entry) for entry in (value.start, value.stop, value.step)))
     return value
 
 
@@ -193,8 +197,8 @@ class TapeClient:
                 continue
             try:
                 assert step.function is not None
-                args, kwargs = _resolved(step.args), _resolved(step.kwargs)
-            except _NotThereYet as missing:
+                args, kwargs = resolved(step.args), resolved(step.kwargs)
+            except NotThereYet as missing:
                 self._wait_for(missing.proxy)
                 return
             try:
@@ -207,7 +211,7 @@ class TapeClient:
                 self.deferred = True
                 return
             except Exception as error:
-                _point_at(error, step.site)
+                point_at(error, step.site)
                 raise
             arrive(step.result, result)
             self._position += 1
@@ -220,7 +224,7 @@ class TapeClient:
                 arrive(step.result, ask(step.asked))
             else:
                 assert step.function is not None
-                arrive(step.result, step.function(*_resolved(step.args), **_resolved(step.kwargs)))
+                arrive(step.result, step.function(*resolved(step.args), **resolved(step.kwargs)))
             self._position += 1
             self._wake()
 
@@ -265,7 +269,7 @@ class TapeClient:
         self.deferred = True
 
 
-def _point_at(error: Exception, site: Site) -> None:
+def point_at(error: Exception, site: Site) -> None:
     """Say on which line of the user's the step stands: the traceback shows where it was run instead."""
     note = f"This step was written at {site.short}: {site.source}"
     if hasattr(error, "add_note"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from nnsight_core.errors import MissingInputError
 from nnsight_core.passes import Call, Part, Pass
 from nnsight_core.rows import rows_of
 from nnsight_core.sites import user_frame
+from nnsight_core.steps import Steps
 from nnsight_core.tape import Tape
 
 Prepare = Callable[..., Call]
@@ -29,19 +30,17 @@ class Tracer:
         model: the root of the model that is traced.
         prepare: turns what the user gave into the call to make; runs when the block is entered.
         combine: makes one call of several, and says how many rows each has.
+        result: the envoy of what a pass gives.
         has_input: False where the inputs are to come from invokes.
-        counts_steps: the call may run the model several times.
     """
 
-    def __init__(
-        self, model: Envoy, prepare: Prepare, combine: Combine, has_input: bool, counts_steps: bool = False
-    ) -> None:
+    def __init__(self, model: Envoy, prepare: Prepare, combine: Combine, result: Envoy, has_input: bool) -> None:
         self._model = model
         self._root = model._tree.root
         self._prepare: Prepare | None = prepare
         self._combine = combine
         self._has_input = has_input
-        self._counts_steps = counts_steps
+        self._result = result
         self._entered = False
         self._pass: Pass | None = None
         self._batch = Call(_nothing)
@@ -88,7 +87,7 @@ class Tracer:
     def _run(self, batch: Call, parts: list[Part], live: Part | None) -> None:
         self.forward_passes += 1
         self._batch = batch
-        self._pass = Pass(batch, parts, self._root, self._counts_steps)
+        self._pass = Pass(batch, parts, self._root, self._result._module)
         self._pass.start(live)
 
     def _finish_pass(self) -> None:
@@ -118,6 +117,8 @@ class Tracer:
                     self._finish_pass()
                 elif not self._parts:
                     raise MissingInputError()
+                for part in self._parts:
+                    part.scope.check_gradients()
         finally:
             self._close()
 
@@ -214,6 +215,35 @@ class Tracer:
             self._start_pass(self._current)
         assert self._pass is not None
         self._pass.interleaver.stop()
+
+    # Generation steps.
+
+    @property
+    def iter(self) -> Steps:
+        """Generation steps by number: ``for step in tracer.iter[1:3]``, ``tracer.iter[:]``, ``with tracer.iter[0]``.
+
+        An open loop ends with the generation; a step asked for by number that does not come is an error.
+        """
+        return Steps(self._open_part(), self._result, self._root)
+
+    def all(self) -> Iterator[int]:
+        """All generation steps: ``for step in tracer.all()``, as ``tracer.iter[:]``."""
+        return iter(self.iter[:])
+
+    def next(self) -> Tracer:
+        """From now on, values are those of the next generation step."""
+        self._open_part().step += 1
+        return self
+
+    def _open_part(self) -> Part:
+        if self._current is None:
+            raise RuntimeError("Generation steps are asked for inside the trace, or inside one of its invokes.")
+        return self._current
+
+    @property
+    def result(self) -> Any:
+        """What the pass gives: the model's own output, or the tokens that were generated."""
+        return self._result.output
 
     @property
     def output(self) -> Any:
