@@ -15,18 +15,13 @@ from typing import Any
 
 import torch
 
-from nnsight_core.arguments import PENDING, RELEASED, Met, Standin, apply, pending_tape, unwrap
+from nnsight_core.arguments import PENDING, RELEASED, Met, Standin, apply, call, call_method, pending_tape, unwrap
 from nnsight_core.errors import ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
 from nnsight_core.sites import Site
 from nnsight_core.token_index import TokenIndex
-from nnsight_core.values import (
-    own_copy,
-    share_storage,
-    with_attribute,
-    with_entry,
-)
+from nnsight_core.values import own_copy, share_storage, with_attribute, with_entry
 
 _set = object.__setattr__
 
@@ -322,8 +317,6 @@ class Proxy(Operators, Standin):
         if isinstance(owner, (tuple, list, torch.Tensor)):
             return iter([self[index] for index in range(len(owner))])
         return iter([self._scope.wrap(entry) if self._scope.open else entry for entry in owner])
-
-    # Standing in for the value.
 
     def _operate(self, function: Callable[..., Any], *args: Any) -> Any:
         return apply(function, *args)
