@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from nnsight_core.errors import (
 from nnsight_core.events import Event
 from nnsight_core.hooks import HookBoard, PlainCalls
 from nnsight_core.sites import Site, user_site
+
+#: Called with a module, "input" or "output", and the value.
+Observer = Callable[[torch.nn.Module, str, Any], None]
 
 
 class _Unwind(BaseException):
@@ -102,6 +105,7 @@ class Interleaver:
         self.event: Event | None = None
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
+        self._observers: dict[tuple[torch.nn.Module, str], list[Observer]] = {}
         self._stopped_at: Site | None = None
         self._failure: BaseException | None = None
         self._somebody_missed = False
@@ -137,6 +141,11 @@ class Interleaver:
             self.hooks.watch(each.module, each.kind, each.ancestors)
             each = each.otherwise
 
+    def observe(self, module: torch.nn.Module, kind: str, ancestors: Sequence[torch.nn.Module], note: Observer) -> None:
+        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with."""
+        self._observers.setdefault((module, kind), []).append(note)
+        self.hooks.watch(module, kind, ancestors)
+
     def fits(self, asked: Asked, event: Event | None) -> bool:
         """Whether ``event`` is what is asked for."""
         return event is not None and self._matches(asked, event.module, event.kind)
@@ -158,6 +167,7 @@ class Interleaver:
     def _arrived(self, module: torch.nn.Module, kind: str, value: Any) -> tuple[Any] | None:
         clients = [client for client, asked in self._waiting.items() if self._matches(asked, module, kind)]
         if not clients:
+            self._observed(module, kind, value)
             return None
         clients.sort(key=self._order.__getitem__)
         first = self._waiting[clients[0]]
@@ -177,11 +187,16 @@ class Interleaver:
             event.current = False
             self.event = None
             wanted = {(each.module, each.kind) for each in self._asked()}
-            if (module, kind) not in wanted:
+            if (module, kind) not in wanted and (module, kind) not in self._observers:
                 self.hooks.unwatch(module, kind)
+        self._observed(module, kind, event.value)
         changed = (event.value,) if event.replaced else None
         event.value = None
         return changed
+
+    def _observed(self, module: torch.nn.Module, kind: str, value: Any) -> None:
+        for note in self._observers.get((module, kind), ()):
+            note(module, kind, value)
 
     def _asked(self) -> Iterator[Asked]:
         for asked in self._waiting.values():
@@ -296,7 +311,7 @@ class Interleaver:
             Exception: whatever the model raises on the way.
             OrderError: a client waits for what did not come.
         """
-        if not self._waiting:
+        if not self._waiting and not self._observers:
             self.hooks.clear()
         try:
             if self._stopped_at is None:
@@ -311,6 +326,7 @@ class Interleaver:
         self.plain_calls.off()
         self.hooks.clear()
         self._waiting.clear()
+        self._observers.clear()
         self._order.clear()
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._witness = OrderWitness(lambda: ([], ""))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from nnsight_core.asked import Asked
+from nnsight_core.cache import Cache
+from nnsight_core.envoy import Tree
 from nnsight_core.events import Event
 from nnsight_core.gradients import GradientTape
 from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
@@ -71,6 +73,8 @@ class Part:
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] = {}
+        #: Caches, each with what tells its modules' ancestors.
+        self.caches: list[tuple[Cache, Tree]] = []
 
     def record(self, recorder: Recorder) -> None:
         """From now on, what is done with values is recorded."""
@@ -132,6 +136,7 @@ class Pass:
         self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
         self.forward: ForwardPass = self.interleaver.own()
         self._parts = parts
+        self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
         self._clients: dict[Tape, TapeClient] = {}
         self._by_part: dict[Part, TapeClient] = {}
@@ -139,6 +144,8 @@ class Pass:
     def start(self, live: Part | None) -> None:
         """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
         for part in self._parts:
+            for cache, tree in part.caches:
+                self.attach(part, cache, tree)
             if part.tape is not None:
                 client = TapeClient(part.tape, self.interleaver, part.proxy)
                 self._clients[part.tape] = self._by_part[part] = client
@@ -150,6 +157,12 @@ class Pass:
         if live.tape is not None:
             self._by_part[live].play(live.ask)
             live.tape = None
+
+    def attach(self, part: Part, cache: Cache, tree: Tree) -> None:
+        """Let ``cache`` note the values of ``part`` from here on."""
+        record = cache.recorder(part.rows, self._in_steps)
+        for module, kind in cache.watched():
+            self.interleaver.observe(module, kind, tree.ancestors(module), record)
 
     def run_until_arrival(self, tape: Tape) -> None:
         """The live body looks at a value of another body: let the model run until the next one has arrived there."""

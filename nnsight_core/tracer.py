@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from nnsight_core.arguments import save
+from nnsight_core.cache import Cache, CacheOptions
 from nnsight_core.current import closed, opened
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
 from nnsight_core.passes import Call, Part, Pass
 from nnsight_core.rows import rows_of
-from nnsight_core.sites import user_frame
+from nnsight_core.sites import user_frame, user_site
 from nnsight_core.steps import Steps
 from nnsight_core.tape import Tape
 
@@ -42,6 +45,7 @@ class Tracer:
         self._has_input = has_input
         self._result = result
         self._entered = False
+        self._stopped = False
         self._pass: Pass | None = None
         self._batch = Call(_nothing)
         #: The bodies gathered for the next pass, all that there have been, and the one being written.
@@ -117,10 +121,16 @@ class Tracer:
                     self._finish_pass()
                 elif not self._parts:
                     raise MissingInputError()
-                for part in self._parts:
-                    part.scope.check_gradients()
+                self._check_parts()
         finally:
             self._close()
+
+    def _check_parts(self) -> None:
+        """Nothing asked for is silently not done."""
+        for part in self._parts:
+            part.scope.check_gradients()
+            for cache, _ in part.caches if not self._stopped else ():
+                cache.check()
 
     def _close(self) -> None:
         try:
@@ -214,7 +224,43 @@ class Tracer:
                 raise RuntimeError("stop() belongs inside the trace, after the values that you need.")
             self._start_pass(self._current)
         assert self._pass is not None
+        self._stopped = True
         self._pass.interleaver.stop()
+
+    def cache(
+        self,
+        modules: Sequence[Envoy | str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Cache:
+        """Keep what modules give, from here on, in whatever order they run.
+
+        >>> with model.trace("Hello") as tracer:  # doctest: +SKIP
+        ...     cache = tracer.cache(modules=[model.transformer.h[0], "lm_head"]).save()
+        >>> cache["transformer.h.0"].output.shape, cache.lm_head.output.shape  # doctest: +SKIP
+
+        Args:
+            modules: envoys or paths; all modules if None.
+            device: where to put tensors; None leaves them where they are.
+            dtype: the type of floating-point tensors; None leaves it.
+            detach: cut from the autograd graph.
+            include_output: keep what modules give.
+            include_inputs: keep what modules are called with.
+
+        Raises:
+            NoSuchModuleError: a path that is not in the model.
+        """
+        part = self._open_part()
+        envoys = None if modules is None else [self._model.get(m) if isinstance(m, str) else m for m in modules]
+        options = CacheOptions(device, dtype, detach, include_output, include_inputs)
+        cache = Cache(self._model, envoys, options, user_site())
+        part.caches.append((cache, self._model._tree))
+        if part.live is not None and self._pass is not None:
+            self._pass.attach(part, cache, self._model._tree)
+        return cache
 
     # Generation steps.
 

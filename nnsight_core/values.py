@@ -190,17 +190,14 @@ def is_pair(value: Any) -> bool:
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` applied to every tensor inside tuples, lists and dicts; all else is kept."""
+    """``value`` with ``function`` applied to every tensor inside containers of any kind; all else is kept."""
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, tuple):
-        entries = [map_tensors(function, entry) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
-    if isinstance(value, list):
-        return [map_tensors(function, entry) for entry in value]
+    if type(value) in (tuple, list):
+        return type(value)([map_tensors(function, entry) for entry in value])
     if type(value) is dict:
         return {key: map_tensors(function, entry) for key, entry in value.items()}
-    return value
+    return rebuilt(value, lambda entry: map_tensors(function, entry))
 
 
 def share_storage(one: Any, other: Any) -> bool:

@@ -1,7 +1,6 @@
 """The examples of the documents that this project takes for its specification, run as they stand.
 
 Each test names its document and block. ``gpt2`` is the GPT-2 that comes along; prompts and numbers of layers fit it.
-Left out for now are the blocks on gradients (they need the backward block) and on caching.
 """
 
 from __future__ import annotations
@@ -38,6 +37,72 @@ with model.trace("Hello"):
     attn_1 = model.attentions_output[1]    # Layer 1 attention
     # ... and so on
     shapes = {tuple(value.shape) for value in (attn_0, mlp_0, layer_0, attn_1)}
+""",
+    "basic gradient computation": """
+import torch
+
+with model.trace("My tailor is rich"):
+    # Save the activation you want gradients for
+    l1_out = model.layers_output[1]
+
+    # Access model output (must be after l1_out)
+    logits = model.output.logits
+
+    # Compute gradients inside backward context
+    with logits.sum().backward():
+        l1_grad = l1_out.grad.save()
+""",
+    "multiple backward passes": """
+import torch
+
+with model.trace("My tailor is rich"):
+    l1_out = model.layers_output[1]
+    logits = model.output.logits
+
+    # First backward pass
+    with logits.sum().backward(retain_graph=True):
+        l1_grad_1 = l1_out.grad.save()
+
+    # Second backward pass with different objective
+    with (logits.sum() ** 2).backward():
+        l1_grad_2 = l1_out.grad.save()
+
+# Gradients will be different
+assert not torch.allclose(l1_grad_1, l1_grad_2)
+""",
+    "the execution order of gradients": """
+# INCORRECT: Accessing layers_output[1] after logits
+error = None
+try:
+    with model.trace("My tailor is rich"):
+        logits = model.logits
+        with logits.sum().backward():
+            # This would fail - can't access layers_output[1] after output
+            l1_grad = model.layers_output[1].grad.save()
+except Exception as e:
+    error = e
+
+# CORRECT: Save activation first
+with model.trace("My tailor is rich"):
+    l1_out = model.layers_output[1]  # Save first
+    logits = model.logits
+    with logits.sum().backward():
+        l1_grad = l1_out.grad.save()  # Use saved activation
+""",
+    "caching": """
+# Cache activations from multiple layers
+with model.trace("Hello world") as tracer:
+    # Cache every other layer
+    cache = tracer.cache(
+        modules=[model.layers[i] for i in range(0, model.num_layers, 2)]
+    ).save()
+
+    # Don't call tracer.stop() before cache is accessed!
+
+# Access cached activations
+print(cache.keys())  # Shows module names
+print(cache["model.layers.0"].output.shape)  # Layer 0 output
+print(cache["model.layers.2"].output.shape)  # Layer 2 output
 """,
     "stop": """
 import time
@@ -85,6 +150,25 @@ def test_best_practices_all_model_components(name: str, request: pytest.FixtureR
 def test_best_practices_stop(name: str, request: pytest.FixtureRequest) -> None:
     names = run(BEST_PRACTICES["stop"], request.getfixturevalue(name.replace("-", "_")))
     assert (names["layer_5_out"] == names["whole"]).all()
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_best_practices_gradients(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name.replace("-", "_"))
+    basic = run(BEST_PRACTICES["basic gradient computation"], model)
+    assert basic["l1_grad"].shape[-1] == model.hidden_size and basic["l1_grad"].abs().sum() > 0
+    run(BEST_PRACTICES["multiple backward passes"], model)
+    order = run(BEST_PRACTICES["the execution order of gradients"], model)
+    assert isinstance(order["error"], OutOfOrderError)
+    assert (order["l1_grad"] == basic["l1_grad"]).all()
+    model._module.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["demo-gpt2", "demo-llama"])
+def test_best_practices_caching(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name.replace("-", "_"))
+    cache = run(BEST_PRACTICES["caching"], model)["cache"]
+    assert len(cache) == (model.num_layers + 1) // 2
 
 
 def test_stop_leaves_the_later_layers_uncomputed(demo_gpt2: StandardizedTransformer) -> None:
