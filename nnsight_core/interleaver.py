@@ -179,6 +179,10 @@ class Interleaver:
                 event.label, event.site = asked.label, asked.site
                 client.last_read = asked
                 client.advance(event)
+        except _Unwind:
+            # A stop here does not take back that the value was there.
+            self._observed(module, kind, event.value)
+            raise
         except Exception as error:
             # The model might catch what a client raises; unwinding cannot be caught by mistake.
             self._failure = error
