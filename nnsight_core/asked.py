@@ -17,7 +17,7 @@ class Asked:
 
     Args:
         module: whose value.
-        kind: ``"input"`` or ``"output"`` of its call.
+        kind: ``"input"`` or ``"output"`` of its call, or ``"skip"``: its call before it computes.
         label: what the user calls it.
         site: the user's line.
         ancestors: the modules inside whose calls it runs.

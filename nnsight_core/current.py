@@ -28,6 +28,10 @@ class OpenTrace(Protocol):
     def scope(self) -> Scope:
         """Where the values live."""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other input shares the batch."""
+
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of, counted from 0."""
 

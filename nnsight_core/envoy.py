@@ -265,6 +265,22 @@ class Envoy:
 
     inputs = input
 
+    def skip(self, value: Any) -> None:
+        """Do not run the module in this pass; ``value`` is what its call gives.
+
+        Nothing inside the module runs, so that none of its values can be asked for. ``value`` has to be what the module
+        gives, tuple or tensor; the module's own ``.input`` may be used for it. In an invoke, where other inputs go
+        through the module, it runs for them, and ``value`` takes the place of what it gives for this one.
+
+        Raises:
+            OutOfOrderError: the module has run already.
+        """
+        label = f"{self._path or 'model'}.skip(...)"
+        if self._trace(label).is_alone:
+            self.read("skip", label, setting=True).set_result(value)
+        else:
+            self.write("output", value, label)
+
     def next(self) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""
         self._trace(f"{self._path or 'model'}.next()").next_step_of(self._module)

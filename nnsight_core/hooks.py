@@ -8,9 +8,11 @@ for themselves; a module that nobody asked for costs nothing.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import update_wrapper
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -36,6 +38,7 @@ class HookBoard:
         self._armed: dict[int, RemovableHandle] = {}
         self._waiting: dict[tuple[int, str], RemovableHandle] = {}
         self._followed: list[RemovableHandle] = []
+        self._gates: dict[int, Gate] = {}
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module`` until :meth:`unwatch`, whose call stands inside calls of ``ancestors``."""
@@ -50,7 +53,18 @@ class HookBoard:
         else:
             if id(module) not in self._armed:
                 self._armed[id(module)] = module.register_forward_hook(_keeps_hooks_running)
-            self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
+            self._hold_gate(module)
+            if kind == "input":
+                self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+
+    def _hold_gate(self, module: torch.nn.Module) -> None:
+        if id(module) not in self._gates and not isinstance(module, torch.jit.ScriptModule):
+            self._gates[id(module)] = Gate.hold(module, self)
+
+    def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
+        """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
+        return self._deliver(module, "skip", (args, kwargs)) if self._is_ours() else None
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
@@ -82,8 +96,61 @@ class HookBoard:
         for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
             handle.remove()
         self._followed.clear()
+        for gate in self._gates.values():
+            gate.let_go(self)
+        self._gates.clear()
         self._waiting.clear()
         self._armed.clear()
+
+
+class Gate:
+    """Stands in for a module's ``forward`` while passes that may skip the module are under way.
+
+    Several passes, in several threads, may hold one gate; the module gets its own forward back when none does.
+    """
+
+    _lock = threading.Lock()
+    _gates: ClassVar[dict[int, Gate]] = {}
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self.own = module.__dict__.get("forward")
+        self._forward = module.forward
+        self._boards: list[HookBoard] = []
+        # Models look at the signatures of their own forwards.
+        update_wrapper(self, self._forward)
+
+    @classmethod
+    def hold(cls, module: torch.nn.Module, board: HookBoard) -> Gate:
+        """Put up the gate of ``module`` for ``board``, or find it."""
+        with cls._lock:
+            gate = cls._gates.get(id(module))
+            if gate is None:
+                gate = cls._gates[id(module)] = cls(module)
+                module.__dict__["forward"] = gate
+            gate._boards.append(board)
+            return gate
+
+    def let_go(self, board: HookBoard) -> None:
+        """``board`` needs the gate no more."""
+        with self._lock:
+            self._boards.remove(board)
+            if self._boards:
+                return
+            del self._gates[id(self._module)]
+            # Somebody may have set a forward of their own since, which is not ours to take away.
+            if self._module.__dict__.get("forward") is self:
+                if self.own is None:
+                    del self._module.__dict__["forward"]
+                else:
+                    self._module.__dict__["forward"] = self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for board in list(self._boards):
+            changed = board.at_gate(self._module, args, kwargs)
+            if changed is not None:
+                return changed[0]
+        return self._forward(*args, **kwargs)
 
 
 class PlainCalls:
@@ -185,12 +252,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @contextmanager
 def without_hooks(root: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, the modules of ``root`` show no hooks to whoever copies them."""
+    """While it lasts, the modules of ``root`` show no hooks and no gates to whoever copies them."""
     kept = [(module, name, module.__dict__[name]) for module in root.modules() for name in _HOOKS]
+    gated = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), Gate)]
+    gates = [(module, module.__dict__.pop("forward")) for module in gated]
     try:
         for module, name, hooks in kept:
             module.__dict__[name] = type(hooks)()
+        for module, gate in gates:
+            if gate.own is not None:
+                module.__dict__["forward"] = gate.own
         yield
     finally:
         for module, name, hooks in kept:
             module.__dict__[name] = hooks
+        for module, gate in gates:
+            module.__dict__["forward"] = gate

@@ -70,9 +70,11 @@ class OrderWitness:
         ``last`` was there; and what stands in the way of being sure.
         """
         seen, doubt = self._observe()
-        if (asked.module, asked.kind) not in seen:
+        # A call that could have been skipped came when its input did.
+        kind = "input" if asked.kind == "skip" else asked.kind
+        if (asked.module, kind) not in seen:
             return "never", doubt
-        if last is None or asked.kind == "input" or (last.module, last.kind) not in seen:
+        if last is None or kind == "input" or (last.module, last.kind) not in seen:
             return "before", doubt
         here = seen.index((last.module, last.kind))
         runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]

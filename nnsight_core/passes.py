@@ -80,6 +80,11 @@ class Part:
         """From now on, what is done with values is recorded."""
         self.tape = Tape(self.scope, recorder)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other input shares the batch, which a recorded body cannot know."""
+        return self.live is not None and self.rows is None
+
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of."""
         return max(self.step, self._steps_of.get(module, 0))
@@ -102,8 +107,8 @@ class Part:
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             cut = self.rows.take(event.value)
             event.put(self.rows.put(event.value, cut))
-            return self.scope.proxy(cut, origin, is_call=event.kind == "input")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind == "input")
+            return self.scope.proxy(cut, origin, is_call=event.kind != "output")
+        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output")
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")

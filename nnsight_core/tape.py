@@ -92,7 +92,7 @@ class Tape:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Proxy:
-        result = self.scope.pending(self, is_call=asked is not None and asked.kind == "input")
+        result = self.scope.pending(self, is_call=asked is not None and asked.kind != "output")
         site = asked.site if asked else user_site()
         self.instructions.append(Instruction(asked, function, args, kwargs, result, site))
         return result
