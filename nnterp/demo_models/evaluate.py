@@ -3,7 +3,8 @@
     python -m nnterp.demo_models.evaluate                    # every shipped model; exit status 1 below the threshold
     python -m nnterp.demo_models.evaluate demo-gpt2 ./folder
 
-    evaluate(demo_model_path("demo-gpt2"))  # {"ioi": 0.99, "facts": 0.96, "sentiment": 1.0, "induction": 0.85}
+    evaluate(demo_model_path("demo-gpt2"))  # {"ioi": 1.0, "crowded_ioi": 0.72, "facts": 1.0, ...}
+    evaluate(demo_model_path("demo-gpt2"), "development")  # on the prompts that choices were made by
 
 Right means: the top token over the whole vocabulary, after the bare prompt, is the answer.
 """
@@ -19,11 +20,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
-from nnterp.demo_models.corpus import Example, heldout_examples
+from nnterp.demo_models.corpus import Example, Split, heldout_examples
 
 EVALUATION_SEED = 1
-# Induction is there to be studied, and the models do it only in part: its threshold just tells it from none.
-THRESHOLDS: dict[str, float] = {"ioi": 0.95, "facts": 0.95, "sentiment": 0.95, "induction": 0.35}
+# The models find indirect objects among more than two people only in part: guessing among those present gets 0.4 right.
+THRESHOLDS: dict[str, float] = {
+    "ioi": 0.95,
+    "crowded_ioi": 0.6,
+    "facts": 0.95,
+    "sentiment": 0.95,
+    "induction": 0.95,
+}
 _BATCH = 128
 
 
@@ -69,10 +76,10 @@ def accuracy(model: Any, tokenizer: Any, examples: list[Example]) -> float:
     return right / len(examples)
 
 
-def evaluate(folder: str | os.PathLike[str], seed: int = EVALUATION_SEED) -> dict[str, float]:
-    """Held-out top-1 accuracy of each task, for the model in ``folder``."""
+def evaluate(folder: str | os.PathLike[str], split: Split = "test", seed: int = EVALUATION_SEED) -> dict[str, float]:
+    """Top-1 accuracy of each task on a held-out part of the data, for the model in ``folder``."""
     model, tokenizer = load(folder)
-    tasks = heldout_examples(random.Random(seed))
+    tasks = heldout_examples(random.Random(seed), split)
     return {task: accuracy(model, tokenizer, examples) for task, examples in tasks.items()}
 
 
@@ -83,29 +90,43 @@ def final_norm(model: Any) -> Any:
 
 
 @torch.no_grad()
-def logit_lens(model: Any, tokenizer: Any, example: Example) -> list[LensLayer]:
-    """Final norm and unembedding applied to each layer's output, at the last position of the prompt."""
+def _layer_probabilities(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Final norm and unembedding applied to each layer's output at the last position: ``[layers, vocabulary]``."""
     base, norm = model.base_model, final_norm(model)
     layers = base.h if hasattr(base, "h") else base.layers
     outputs: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0, -1])
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        model(**tokenizer(example.prompt, return_tensors="pt"))
+        model(**tokenizer(prompt, return_tensors="pt"))
     finally:
         for handle in handles:
             handle.remove()
+    probabilities: torch.Tensor = model.lm_head(norm(torch.stack(outputs))).softmax(-1)
+    return probabilities
+
+
+def logit_lens(model: Any, tokenizer: Any, example: Example) -> list[LensLayer]:
+    """What the logit lens reads after each layer, at the last position of the prompt."""
     answer = token_id(tokenizer, example.answers[0])
     read = []
-    for index, output in enumerate(outputs):
-        probabilities = model.lm_head(norm(output[0, -1])).softmax(-1)
+    for index, probabilities in enumerate(_layer_probabilities(model, tokenizer, example.prompt)):
         rank = int((probabilities > probabilities[answer]).sum()) + 1
         top = tokenizer.decode([int(probabilities.argmax())])
         read.append(LensLayer(index, top, float(probabilities[answer]), rank))
     return read
+
+
+def mean_logit_lens(model: Any, tokenizer: Any, examples: list[Example]) -> list[float]:
+    """The probability of the answer by the logit lens after each layer, averaged over the examples."""
+    read = [
+        _layer_probabilities(model, tokenizer, example.prompt)[:, token_id(tokenizer, example.answers[0])]
+        for example in examples
+    ]
+    return [float(mean) for mean in torch.stack(read).mean(0)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,18 +134,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nnterp.demo_models.evaluate", description="Score the demo models on held-out prompts."
     )
+    parser.add_argument("--split", choices=("test", "development"), default="test", help="which held-out prompts")
     parser.add_argument("models", nargs="*", default=list(DEMO_MODELS), help="shipped names or folders")
     options = parser.parse_args(arguments)
     tasks = list(THRESHOLDS)
-    sys.stdout.write("  ".join([f"{'model':<16}", *(f"{task:>9}" for task in tasks)]) + "\n")
+    sys.stdout.write("  ".join([f"{'model':<16}", *(f"{task:>11}" for task in tasks)]) + "\n")
     passed = True
     for name in options.models:
         folder = demo_model_path(name) or Path(name)
         if not folder.is_dir():
             parser.error(f"no shipped model and no folder is called {name!r}")
-        scores = evaluate(folder)
+        scores = evaluate(folder, options.split)
         passed &= all(scores[task] >= THRESHOLDS[task] for task in tasks)
-        sys.stdout.write("  ".join([f"{name:<16}", *(f"{scores[task]:>9.3f}" for task in tasks)]) + "\n")
+        sys.stdout.write("  ".join([f"{name:<16}", *(f"{scores[task]:>11.3f}" for task in tasks)]) + "\n")
     if not passed:
         sys.stdout.write(f"below the threshold of {THRESHOLDS}\n")
     return 0 if passed else 1
