@@ -337,3 +337,6 @@ class Interleaver:
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._witness = OrderWitness(lambda: ([], ""))
         self.event = None
+        # Each of them holds methods of this object, which the collector alone could take apart.
+        self.hooks.release()
+        self.plain_calls.release()
