@@ -108,7 +108,7 @@ class Part:
             cut = self.rows.take(event.value)
             event.put(self.rows.put(event.value, cut))
             return self.scope.proxy(cut, origin, is_call=event.kind != "output")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output")
+        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")

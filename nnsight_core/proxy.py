@@ -26,9 +26,10 @@ from nnsight_core.arguments import (
     pending_tape,
     unwrap,
 )
-from nnsight_core.errors import ReleasedValueError
+from nnsight_core.errors import RecordingError, ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
+from nnsight_core.sites import inside_autograd_function, user_site
 from nnsight_core.token_index import TokenIndex
 from nnsight_core.values import own_copy, share_storage, with_attribute, with_entry
 
@@ -355,6 +356,11 @@ class Proxy(Operators, Appearance):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first: Any = args[0] if args else None
+        if not torch.is_grad_enabled() and inside_autograd_function():
+            # What its forward gives is what torch gives a gradient, so it has to be the plain thing.
+            if pending_tape((args, kwargs)) is not None:
+                raise RecordingError("A custom autograd function was given a pending value.", user_site())
+            return func(*unwrap(args), **unwrap(kwargs))
         if issubclass(type(first), Proxy):
             if name == "__get__":
                 return first.__getattr__(func.__self__.__name__)  # type: ignore[attr-defined]

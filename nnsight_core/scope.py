@@ -14,7 +14,7 @@ from nnsight_core.events import Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
 from nnsight_core.saveable import as_plain_result
-from nnsight_core.sites import user_site
+from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_argument
 
 _set = object.__setattr__
@@ -111,8 +111,8 @@ class Scope:
         """An argument of the model's; pending until the batch is put together."""
         return _given(self, name, otherwise) if self.tape is None else self.tape.record(_given, self, name, otherwise)
 
-    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False) -> Proxy:
-        """A proxy of ``value``, or of the call of a module, that lives in this scope."""
+    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False, site: Site | None = None) -> Proxy:
+        """A proxy of ``value``, or of the call of a module, that lives in this scope; ``site`` is the user's line."""
         if not is_call:
             is_tensor = isinstance(value, torch.Tensor)
             made = _alias(TensorProxy, value) if is_tensor else ObjectProxy.__new__(ObjectProxy)
@@ -121,17 +121,17 @@ class Scope:
             first = first_argument(value) if args or kwargs else None
             is_tensor = isinstance(first, torch.Tensor)
             made = _alias(TensorInputProxy, first) if is_tensor else ObjectInputProxy.__new__(ObjectInputProxy)
-        return self._enter(made, value, origin, None)
+        return self._enter(made, value, origin, None, site)
 
     def pending(self, tape: Any, is_call: bool = False) -> Proxy:
         """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
         return self._enter(_empty(TensorInputProxy if is_call else TensorProxy), PENDING, None, tape)
 
-    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any) -> Proxy:
+    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any, site: Site | None = None) -> Proxy:
         _set(made, "_value", value)
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
-        _set(made, "_site", user_site())
+        _set(made, "_site", site or user_site())
         _set(made, "_saved", False)
         _set(made, "_tape", tape)
         _set(made, "_live", None)

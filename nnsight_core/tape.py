@@ -20,7 +20,7 @@ from nnsight_core.events import Event
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope, arrive
-from nnsight_core.sites import Site, inside_autograd_function, on_behalf_of, user_site
+from nnsight_core.sites import Site, on_behalf_of, user_site
 
 
 class Instruction:
@@ -112,8 +112,6 @@ class Tape:
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
         """Note a call for later; gives the pending proxy of its result."""
-        if inside_autograd_function():
-            raise RecordingError("A custom autograd function was given a pending value.", user_site())
         return self.current._add(None, function, frozen(args), frozen(kwargs))
 
     @property
