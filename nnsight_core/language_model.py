@@ -137,7 +137,9 @@ class LanguageModel(NNsight):
 
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
         device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
-        batch = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        for name, each in batch.items():
+            if isinstance(each, torch.Tensor) and each.device != device:
+                batch[name] = each.to(device)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None:
             return Call(self._module, (), {**batch, **kwargs})
