@@ -12,9 +12,13 @@ from nnsight_core.values import entries_of, is_dataclass_value, rebuilt
 
 #: Stands in a proxy for a value that has yet to arrive.
 PENDING: Any = type("Pending", (), {"__repr__": lambda self: "<pending>"})()
+#: Stands in a proxy for a value that was to be kept and never came.
+NEVER_CAME: Any = type("NeverCame", (), {"__repr__": lambda self: "<never arrived>"})()
 #: Stands in a proxy for a value that was let go.
 RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 
+#: Tensors of up to so many numbers are copied when a step is recorded that uses them.
+_SMALL = 2**20
 _LEAVES = (torch.Tensor, str, int, float, bool, type(None), torch.nn.Module)
 
 
@@ -26,6 +30,9 @@ class Standin:
     _scope: Any
     _origin: Any
     _tape: Any
+
+    def _get(self) -> Any:
+        raise TypeError(f"{type(self).__name__} has no value.")
 
     def _plain(self) -> Any:
         raise TypeError(f"{type(self).__name__} has no value.")
@@ -119,6 +126,21 @@ def pending_tape(value: Any) -> Any:
         if tape is not None:
             return tape
     return None
+
+
+def frozen(value: Any) -> Any:
+    """``value`` with lists, dicts and small tensors copied: what a script later does to its own changes nothing.
+
+    Large tensors are kept as they are; that they have been changed is noticed when they are used.
+    """
+    kind = type(value)
+    if kind is torch.Tensor and value.numel() <= _SMALL:
+        return value.clone()
+    if kind is list or kind is tuple:
+        return kind([frozen(entry) for entry in value])
+    if kind is dict:
+        return {key: frozen(entry) for key, entry in value.items()}
+    return value
 
 
 def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

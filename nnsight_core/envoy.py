@@ -152,6 +152,11 @@ class Envoy:
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):
             return self.get(key)
+        if isinstance(key, int):
+            # Lists number their modules; a negative number, or a module that is no list, goes the long way.
+            modules, name = self._module._modules, str(key)
+            if name in modules and modules[name] is not None:
+                return self._child(name, modules[name])
         children = list(self._module._modules.items())
         chosen = children[key]
         if isinstance(chosen, list):

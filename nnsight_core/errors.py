@@ -9,6 +9,7 @@
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── GradientError            a gradient that is not there, or cannot be
     ├── NoTraceError             a value was asked for outside a trace
+    ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── ReleasedValueError       a value that was not saved was used after its trace
     ├── NoSuchModuleError        a name that is not in the module tree
     └── InputError
@@ -157,13 +158,26 @@ class NoTraceError(NNsightError):
 
 
 class ReleasedValueError(NNsightError, ValueError):
-    """A value that was not saved was used after its trace had ended."""
+    """A value was used after its trace had ended, and was not saved or never came."""
 
-    def __init__(self, made_at: Site) -> None:
+    def __init__(self, made_at: Site, never_came: bool = False) -> None:
+        what = "it was not saved, so it was released when its trace ended.", "Keep it with .save() inside the trace."
+        if never_came:
+            what = "its trace ended before it came.", "Mend what ended the trace early: an error, or tracer.stop()."
         super().__init__(
-            "Accessing Proxy value before it's been set: it was not saved, so it was released when its trace ended.\n"
-            f"{_table([('made at', made_at.source or 'this value', made_at)])}\n"
-            "Keep it with .save() inside the trace."
+            f"Accessing Proxy value before it's been set: {what[0]}\n"
+            f"{_table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
+        )
+
+
+class RecordingError(NNsightError):
+    """What a script does to a value that has yet to arrive cannot be recorded."""
+
+    def __init__(self, what: str, site: Site) -> None:
+        super().__init__(
+            f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
+            "In an invoke, values arrive when all inputs are there. Look at the value first, value.value: then the\n"
+            "body goes on with the value itself."
         )
 
 
@@ -185,7 +199,13 @@ class InputError(NNsightError, ValueError):
 class MissingInputError(InputError):
     """A trace was opened with nothing to run on."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        if alone:
+            super().__init__(
+                "An invoke without an input sees the whole batch, but no input has been gathered for one.\n"
+                "Put it after invokes with inputs, and before one that looks at its values, which runs them."
+            )
+            return
         super().__init__(
             "trace() was opened without an input.\nGive what the model is to run on:\n    with model.trace(inputs): ..."
         )

@@ -20,7 +20,7 @@ from nnsight_core.events import Event
 from nnsight_core.hooks import on_gradient
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope, arrive
-from nnsight_core.sites import on_behalf_of, user_frame, user_site
+from nnsight_core.sites import user_frame, user_site
 from nnsight_core.tape import Instruction, NotThereYet, Tape, point_at, resolved
 
 
@@ -80,10 +80,8 @@ class GradientTape(Tape):
             except NotThereYet:
                 waiting.append(step)
                 continue
-            assert step.function is not None
             try:
-                with on_behalf_of(step.site):
-                    arrive(step.result, step.function(*args, **kwargs))
+                step.take(args, kwargs)
             except Exception as error:
                 point_at(error, step.site)
                 raise

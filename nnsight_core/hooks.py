@@ -29,6 +29,14 @@ def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> Non
     """A hook that does nothing: its presence alone lets later hooks of a running module fire."""
 
 
+def _nobody() -> bool:
+    return False
+
+
+def _nothing(module: torch.nn.Module, kind: str, value: Any) -> None:
+    return None
+
+
 class HookBoard:
     """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`."""
 
@@ -90,6 +98,10 @@ class HookBoard:
             return None
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
+
+    def release(self) -> None:
+        """Forget who is to be told; there are no hooks any more."""
+        self._is_ours, self._deliver = _nobody, _nothing
 
     def clear(self) -> None:
         """Remove every hook."""
@@ -174,6 +186,10 @@ class PlainCalls:
         torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
         self._under_way.clear()
+
+    def release(self) -> None:
+        """Forget whose turns these are."""
+        self._is_body = _nobody
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
         if not self._is_body():

@@ -47,6 +47,10 @@ class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types fo
         self.result: Any = None
         self.error: BaseException | None = None
 
+    def run_here(self) -> None:
+        """Run the model where the caller stands, and not as a coroutine."""
+        self._run_call()
+
     def _run_call(self) -> None:
         call, self._call = self._call, _nothing
         try:
@@ -171,7 +175,8 @@ class Interleaver:
         if not clients:
             self._observed(module, kind, value)
             return None
-        clients.sort(key=self._order.__getitem__)
+        if len(clients) > 1:
+            clients.sort(key=self._order.__getitem__)
         first = self._waiting[clients[0]]
         self.event = event = Event(module, kind, first.label, value, first.site)
         del value
@@ -192,8 +197,8 @@ class Interleaver:
         finally:
             event.current = False
             self.event = None
-            wanted = {(each.module, each.kind) for each in self._asked()}
-            if (module, kind) not in wanted and (module, kind) not in self._observers:
+            waits = any(each.module is module and each.kind == kind for each in self._asked())
+            if not waits and (module, kind) not in self._observers:
                 self.hooks.unwatch(module, kind)
         self._observed(module, kind, event.value)
         changed = (event.value,) if event.replaced else None
@@ -320,12 +325,22 @@ class Interleaver:
         if not self._waiting and not self._observers:
             self.hooks.clear()
         try:
-            if self._stopped_at is None:
+            if self._stopped_at is None and not self._run_here():
                 self.give_turn()
             for client in sorted(self._waiting, key=self._order.__getitem__):
                 client.missed(self.missing(client, self._waiting.pop(client)))
         finally:
             self.end()
+
+    def _run_here(self) -> bool:
+        """Run the model without a coroutine, if nobody asks it for anything; False if it is not to be run so."""
+        forward = self._forward()
+        if self._waiting or self._observers or forward is None or bool(forward) or forward.dead:
+            return False
+        if thread_state.snapshot() != self._model_state:
+            return False
+        forward.run_here()
+        return True
 
     def end(self) -> None:
         """Remove the hooks, without a further turn for the model."""
@@ -337,3 +352,6 @@ class Interleaver:
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._witness = OrderWitness(lambda: ([], ""))
         self.event = None
+        # Each of them holds methods of this object, which the collector alone could take apart.
+        self.hooks.release()
+        self.plain_calls.release()

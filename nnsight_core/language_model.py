@@ -137,7 +137,9 @@ class LanguageModel(NNsight):
 
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
         device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
-        batch = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        for name, each in batch.items():
+            if isinstance(each, torch.Tensor) and each.device != device:
+                batch[name] = each.to(device)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None:
             return Call(self._module, (), {**batch, **kwargs})
@@ -159,20 +161,29 @@ class LanguageModel(NNsight):
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
 
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
-        sizes, rows, others = [], [], []
-        for call in calls:
-            ids, mask = call.kwargs.get("input_ids"), call.kwargs.get("attention_mask")
-            if ids is None:
-                return super()._combine(calls)
-            own = torch.ones_like(ids) if mask is None else mask
-            rows += [row[kept != 0].tolist() for row, kept in zip(ids, own, strict=True)]
-            sizes.append(len(ids))
-            others.append({k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS})
-        first = calls[0]
-        call = self._batch_call(self._padded(rows), joined(others))
+        tokens = [{k: v for k, v in call.kwargs.items() if k in _TOKEN_INPUTS} for call in calls]
+        if any("input_ids" not in each for each in tokens):
+            return super()._combine(calls)
+        longest = max(each["input_ids"].shape[-1] for each in tokens)
+        counted = any("position_ids" in each for each in tokens)
+        for each in tokens:
+            each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
+            if counted:
+                each.setdefault("position_ids", (each["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+            fillers = {"input_ids": self._filler()}
+            for name, value in each.items():
+                each[name] = torch.nn.functional.pad(value, (longest - value.shape[-1], 0), value=fillers.get(name, 0))
+        others = [{k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS} for call in calls]
+        first, sizes = calls[0], [len(each["input_ids"]) for each in tokens]
+        call = self._batch_call(joined(tokens), joined(others))
         if first.runs_repeatedly:
             call.kwargs.pop("position_ids", None)
         return replace(call, function=first.function, runs_repeatedly=first.runs_repeatedly), sizes
+
+    def _filler(self) -> int:
+        # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.
+        known = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((each for each in known if each is not None), 0)
 
     def _token_rows(self, given: Any, options: dict[str, Any]) -> list[list[int]]:
         """Every prompt as a list of token ids."""
@@ -207,10 +218,7 @@ class LanguageModel(NNsight):
             if not row:
                 raise EmptyPromptError(index, len(rows))
         longest = max(len(row) for row in rows)
-        # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.
-        known = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-        filler = next((each for each in known if each is not None), 0)
-        ids = torch.full((len(rows), longest), filler)
+        ids = torch.full((len(rows), longest), self._filler())
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, longest - len(row) :] = torch.tensor(row)

@@ -11,10 +11,10 @@ import torch
 from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
 from nnsight_core.envoy import Envoy, Names, Tree
-from nnsight_core.errors import MissingInputError
+from nnsight_core.errors import InputError, MissingInputError
 from nnsight_core.passes import Call, Result
 from nnsight_core.tracer import Tracer
-from nnsight_core.values import first_tensor
+from nnsight_core.values import NoTensorError, first_tensor
 
 
 class ResultEnvoy(Envoy):
@@ -85,8 +85,14 @@ class NNsight(Envoy):
 
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
         """One call of several, their tensors one below the other, and how many rows each has."""
-        sizes = [_rows_in((call.args, call.kwargs)) for call in calls]
-        together = joined([(call.args, call.kwargs) for call in calls])
+        forms = [(call.args, call.kwargs) for call in calls]
+        try:
+            sizes = [_rows_in(form) for form in forms[:1]]
+            together = joined(forms)
+            sizes += [_rows_in(form) for form in forms[1:]]
+        except NoTensorError:
+            what = "The inputs of invokes are put together along the first axis of a tensor; these hold none."
+            raise InputError(what) from None
         return Call(calls[0].function, *together), sizes
 
 

@@ -78,7 +78,7 @@ class Part:
 
     def record(self, recorder: Recorder) -> None:
         """From now on, what is done with values is recorded."""
-        self.tape = Tape(self.scope, recorder)
+        self.tape = self.scope.tape = Tape(self.scope, recorder)
 
     @property
     def is_alone(self) -> bool:
@@ -108,7 +108,7 @@ class Part:
             cut = self.rows.take(event.value)
             event.put(self.rows.put(event.value, cut))
             return self.scope.proxy(cut, origin, is_call=event.kind != "output")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output")
+        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")
@@ -116,6 +116,8 @@ class Part:
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
         self.rows = None if rows is None or rows.size == rows.total else rows
+        self.scope.tape = None
+        self.scope.is_cut = self.rows is not None
         self.scope.inputs = batch.kwargs if self.rows is None else self.rows.take(batch.kwargs)
         padding = batch.padding
         if padding is not None and self.rows is not None:
@@ -140,7 +142,7 @@ class Pass:
         witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
         self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
         self.forward: ForwardPass = self.interleaver.own()
-        self._parts = parts
+        self.parts = parts
         self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
         self._clients: dict[Tape, TapeClient] = {}
@@ -148,7 +150,7 @@ class Pass:
 
     def start(self, live: Part | None) -> None:
         """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
-        for part in self._parts:
+        for part in self.parts:
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:
@@ -168,18 +170,6 @@ class Pass:
         record = cache.recorder(part.rows, self._in_steps)
         for module, kind in cache.watched():
             self.interleaver.observe(module, kind, tree.ancestors(module), record)
-
-    def run_until_arrival(self, tape: Tape) -> None:
-        """The live body looks at a value of another body: let the model run until the next one has arrived there."""
-        client = self._clients.get(tape)
-        if client is not None and not client.done:
-            client.follow(_BodyFollows(self.interleaver))
-            self.interleaver.give_turn()
-
-    def serves(self, tape: Tape) -> bool:
-        """Whether values may still arrive on ``tape`` in this pass."""
-        client = self._clients.get(tape)
-        return client is not None and not client.done and not client.deferred and not self.forward.dead
 
     def finish(self) -> list[Part]:
         """Run to the end; gives the bodies that could not be done in this pass."""
@@ -206,16 +196,5 @@ class Pass:
             self._drop()
 
     def _drop(self) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.live = None
-
-
-class _BodyFollows:
-    """Gives the body of the live trace its turn when a value has arrived."""
-
-    def __init__(self, interleaver: Interleaver) -> None:
-        self._interleaver = interleaver
-
-    def run(self, clients: dict[Tape, TapeClient]) -> None:
-        """A value has arrived."""
-        self._interleaver.hand_over()

@@ -7,7 +7,6 @@ trace ends, a proxy that was saved becomes as good as its plain value, and one t
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,11 +14,22 @@ from typing import Any
 
 import torch
 
-from nnsight_core.arguments import PENDING, RELEASED, Met, Standin, apply, call, call_method, pending_tape, unwrap
-from nnsight_core.errors import ReleasedValueError
+from nnsight_core.appearance import Appearance
+from nnsight_core.arguments import (
+    NEVER_CAME,
+    PENDING,
+    RELEASED,
+    Met,
+    apply,
+    call,
+    call_method,
+    pending_tape,
+    unwrap,
+)
+from nnsight_core.errors import RecordingError, ReleasedValueError
 from nnsight_core.events import Origin
 from nnsight_core.operators import Operators, changes_in_place
-from nnsight_core.sites import Site
+from nnsight_core.sites import inside_autograd_function, user_site
 from nnsight_core.token_index import TokenIndex
 from nnsight_core.values import own_copy, share_storage, with_attribute, with_entry
 
@@ -27,11 +37,13 @@ _set = object.__setattr__
 
 #: Methods that turn a value into plain Python, for which it has to be there.
 _LOOKS = frozenset({"item", "tolist", "numpy"})
+#: What a value is like rather than what it is; handed out plainly, so it has to be there.
+_DESCRIPTIONS = frozenset("shape dtype device layout ndim requires_grad is_leaf is_cuda itemsize nbytes".split())
 #: Methods of lists and dicts that change them.
 _CONTAINER_CHANGES = frozenset("append clear extend insert pop popitem remove reverse setdefault sort update".split())
 
 
-class Proxy(Operators, Standin):
+class Proxy(Operators, Appearance):
     """A value that has arrived from the model; stands in for it everywhere.
 
     >>> from nnsight_core import NNsight
@@ -44,7 +56,6 @@ class Proxy(Operators, Standin):
 
     __slots__ = ()
     _origin: Origin | None
-    _site: Site
     _saved: bool
     _live: Any
 
@@ -54,8 +65,8 @@ class Proxy(Operators, Standin):
     def _get(self) -> Any:
         if self._value is PENDING:
             self._tape.force()
-        if self._value is RELEASED:
-            raise ReleasedValueError(self._site)
+        if self._value is RELEASED or self._value is PENDING or self._value is NEVER_CAME:
+            raise ReleasedValueError(self._site, never_came=self._value is not RELEASED)
         return self._value
 
     _plain = _get
@@ -192,7 +203,9 @@ class Proxy(Operators, Standin):
     # Reading and writing parts.
 
     def __getattr__(self, name: str) -> Any:
-        if self._value is PENDING:
+        if self._value is PENDING and name not in _DESCRIPTIONS:
+            if name.startswith("__"):
+                raise AttributeError(name)
             return self._tape.record(getattr, self, name)
         owner = self._plain()
         if name == "grad" and isinstance(owner, torch.Tensor) and self._scope.open:
@@ -204,6 +217,12 @@ class Proxy(Operators, Standin):
             return self._seen(found, lambda value: getattr(value, name), lambda v, part: with_attribute(v, name, part))
         return partial(self._call_method, name) if self._scope.open else found
 
+    def _can_wait(self, tape: Any, changes: bool) -> bool:
+        """Whether a change of this value may be recorded. Of a value of another body, or one that is there, it may not:
+        what others do with the value, before or after, is not on this tape.
+        """
+        return not changes or self._origin is not None or self._tape is tape.current
+
     def _gradient(self, owner: torch.Tensor) -> Any:
         # Where torch keeps gradients itself, and has one, that is it.
         kept = owner.grad if owner.is_leaf or owner.retains_grad else None
@@ -213,7 +232,7 @@ class Proxy(Operators, Standin):
         if name == "backward" and self._scope.open:
             return self._scope.gradients.backward(self, args, kwargs)
         tape = pending_tape((self, args, kwargs))
-        if tape is not None and name not in _LOOKS:
+        if tape is not None and name not in _LOOKS and self._can_wait(tape, changes_in_place(name, kwargs)):
             return tape.record(call_method, self, name, *args, **kwargs)
         owner = self._plain()
         if isinstance(owner, Mapping) and self._scope.open:
@@ -292,7 +311,7 @@ class Proxy(Operators, Standin):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         tape = pending_tape((self, key, value))
-        if tape is not None:
+        if tape is not None and self._can_wait(tape, True):
             tape.record(operator.setitem, self, key, value)
             return
         key, value = unwrap(key), unwrap(value)
@@ -323,23 +342,12 @@ class Proxy(Operators, Standin):
 
     def _operate_in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
         tape = pending_tape((self, other))
-        if tape is not None:
+        if tape is not None and self._can_wait(tape, True):
             return tape.record(function, self, other)
         other = unwrap(other)
         if not isinstance(self._plain(), (torch.Tensor, list, dict)):
             return self._operate(function, self, other)
         return self._change(lambda value: function(value, other))
-
-    def __contains__(self, item: Any) -> bool:
-        return unwrap(item) in self._plain()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance() and the like see the value's class
-        # Never a tensor's class where this is none: C code takes the class for a promise of how the memory is laid out.
-        value = self._value
-        if value is RELEASED or issubclass(type(self), torch.Tensor) is not isinstance(value, torch.Tensor):
-            return type(self)
-        return type(self._plain())
 
     @classmethod
     def __torch_function__(
@@ -348,14 +356,23 @@ class Proxy(Operators, Standin):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first: Any = args[0] if args else None
+        if not torch.is_grad_enabled() and inside_autograd_function():
+            # What its forward gives is what torch gives a gradient, so it has to be the plain thing.
+            if pending_tape((args, kwargs)) is not None:
+                raise RecordingError("A custom autograd function was given a pending value.", user_site())
+            return func(*unwrap(args), **unwrap(kwargs))
         if issubclass(type(first), Proxy):
             if name == "__get__":
                 return first.__getattr__(func.__self__.__name__)  # type: ignore[attr-defined]
             if getattr(torch.Tensor, name, None) is func:
                 return first._call_method(name, *args[1:], **kwargs)
         tape = pending_tape((args, kwargs))
-        if tape is not None:
+        changed = kwargs.get("out", first if changes_in_place(name, kwargs) else None)
+        if tape is not None and (changed is None or issubclass(type(changed), Proxy)):
             return tape.record(func, *args, **kwargs)
+        if tape is not None:
+            # What is written into a tensor of the script's own is seen by the script, so it cannot wait.
+            return func(*unwrap(args), **unwrap(kwargs))
         out: Any = kwargs.get("out")
         if issubclass(type(out), Proxy):
             rest = {key: value for key, value in kwargs.items() if key != "out"}
@@ -367,26 +384,6 @@ class Proxy(Operators, Standin):
         met = Met()
         rest_args, rest = unwrap(args[1:], met), unwrap({k: v for k, v in kwargs.items() if v is not first}, met)
         return first._done(lambda value: func(value, *rest_args, **rest), changes_in_place(name, rest), met)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain().__reduce_ex__(protocol)
-
-    def __copy__(self) -> Any:
-        return copy.copy(self._plain())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._plain(), memo)
-
-    def __dir__(self) -> list[str]:
-        return sorted({"save", "value", "t", *dir(self._plain())})
-
-    def __repr__(self) -> str:
-        if self._value is RELEASED:
-            return f"<value released: {self._site.short} did not save it>"
-        return repr(self._value)
-
-    def __str__(self) -> str:
-        return repr(self) if self._value is RELEASED else str(self._plain())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tape = pending_tape((self, args, kwargs))

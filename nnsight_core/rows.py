@@ -25,14 +25,16 @@ class Rows:
     start: int
     size: int
     total: int
+    #: How many rows of a flattened tensor one row of the batch may make: its positions. None where that is not known.
+    multiples: tuple[int, ...] | None = ()
 
     def _range(self, tensor: torch.Tensor) -> slice | None:
         if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self.total:
             return None
-        # One axis alone, longer than the batch, is a list of positions and not of tokens.
-        if tensor.ndim == 1 and tensor.shape[0] != self.total:
-            return None
         each = tensor.shape[0] // self.total
+        # One axis alone, longer than the batch, is a list of positions and not of tokens.
+        if each != 1 and (tensor.ndim == 1 or (self.multiples is not None and each not in self.multiples)):
+            return None
         return slice(self.start * each, (self.start + self.size) * each)
 
     def take(self, value: Any) -> Any:
@@ -84,11 +86,11 @@ def _rebuilt(value: Any, change: Any, other: Any) -> Any:
     return value if other is None else other
 
 
-def rows_of(sizes: Sequence[int]) -> list[Rows]:
+def rows_of(sizes: Sequence[int], multiples: tuple[int, ...] | None = ()) -> list[Rows]:
     """The rows of inputs of these sizes that stand one after the other in a batch.
 
     >>> rows_of([1, 2])
-    [Rows(start=0, size=1, total=3), Rows(start=1, size=2, total=3)]
+    [Rows(start=0, size=1, total=3, multiples=()), Rows(start=1, size=2, total=3, multiples=())]
     """
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [Rows(start, size, sum(sizes)) for start, size in zip(starts, sizes, strict=True)]
+    return [Rows(start, size, sum(sizes), multiples) for start, size in zip(starts, sizes, strict=True)]

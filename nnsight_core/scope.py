@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nnsight_core.arguments import PENDING, RELEASED
+from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
 from nnsight_core.events import Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
 from nnsight_core.saveable import as_plain_result
-from nnsight_core.sites import user_site
+from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_argument
 
 _set = object.__setattr__
@@ -27,6 +27,16 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     C code that takes whatever calls itself a tensor, without asking for ``__torch_function__``, finds the value's
     memory and its place in the autograd graph.
     """
+
+    @property
+    def values(self) -> Any:
+        """Of a pair of values and indices, as ``topk`` gives it, the values."""
+        return self.__getattr__("values")
+
+    @property
+    def indices(self) -> Any:
+        """Of a pair of values and indices, as ``topk`` gives it, the indices."""
+        return self.__getattr__("indices")
 
     def _adopt(self, value: Any) -> None:
         _set(self, "_value", value)
@@ -68,7 +78,18 @@ def _empty(kind: type[Any]) -> Any:
 class Scope:
     """The life of the values of one trace: all its proxies are made here and let go here."""
 
-    __slots__ = ("_gradients", "_limit", "_made", "gradient_tape", "inputs", "open", "padding", "prompt_length")
+    __slots__ = (
+        "_gradients",
+        "_limit",
+        "_made",
+        "gradient_tape",
+        "inputs",
+        "is_cut",
+        "open",
+        "padding",
+        "prompt_length",
+        "tape",
+    )
 
     def __init__(self) -> None:
         self.open = True
@@ -81,9 +102,17 @@ class Scope:
         self.inputs: Mapping[str, Any] = {}
         self.padding: Sequence[int] | None = None
         self.prompt_length = 0
+        #: Values are rows of a larger batch.
+        self.is_cut = False
+        #: Until the batch is put together, what is asked of the input is recorded here.
+        self.tape: Any = None
 
-    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False) -> Proxy:
-        """A proxy of ``value``, or of the call of a module, that lives in this scope."""
+    def given(self, name: str, otherwise: Callable[[Scope], Any] | None = None) -> Any:
+        """An argument of the model's; pending until the batch is put together."""
+        return _given(self, name, otherwise) if self.tape is None else self.tape.record(_given, self, name, otherwise)
+
+    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False, site: Site | None = None) -> Proxy:
+        """A proxy of ``value``, or of the call of a module, that lives in this scope; ``site`` is the user's line."""
         if not is_call:
             is_tensor = isinstance(value, torch.Tensor)
             made = _alias(TensorProxy, value) if is_tensor else ObjectProxy.__new__(ObjectProxy)
@@ -92,17 +121,17 @@ class Scope:
             first = first_argument(value) if args or kwargs else None
             is_tensor = isinstance(first, torch.Tensor)
             made = _alias(TensorInputProxy, first) if is_tensor else ObjectInputProxy.__new__(ObjectInputProxy)
-        return self._enter(made, value, origin, None)
+        return self._enter(made, value, origin, None, site)
 
     def pending(self, tape: Any, is_call: bool = False) -> Proxy:
         """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
         return self._enter(_empty(TensorInputProxy if is_call else TensorProxy), PENDING, None, tape)
 
-    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any) -> Proxy:
+    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any, site: Site | None = None) -> Proxy:
         _set(made, "_value", value)
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
-        _set(made, "_site", user_site())
+        _set(made, "_site", site or user_site())
         _set(made, "_saved", False)
         _set(made, "_tape", tape)
         _set(made, "_live", None)
@@ -138,6 +167,7 @@ class Scope:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
         self.inputs = {}
+        self.tape = None
         if self._gradients is not None:
             self._gradients.drop()
             self._gradients = None
@@ -147,10 +177,24 @@ class Scope:
                 continue
             _set(proxy, "_origin", None)
             _set(proxy, "_live", None)
+            if self.is_cut and proxy._saved:
+                _trim(proxy)
             if not proxy._saved or proxy._value is PENDING:
-                _set(proxy, "_value", RELEASED)
+                _set(proxy, "_value", NEVER_CAME if proxy._saved else RELEASED)
                 _let_go(proxy)
         self._made.clear()
+
+
+def _given(scope: Scope, name: str, otherwise: Callable[[Scope], Any] | None) -> Any:
+    value = scope.inputs.get(name)
+    return otherwise(scope) if value is None and otherwise is not None else value
+
+
+def _trim(proxy: Proxy) -> None:
+    """Do not hold the whole batch for the sake of a few rows; what autograd follows has to stay as it is."""
+    value = proxy._value
+    if isinstance(value, torch.Tensor) and not value.requires_grad and value._is_view():
+        proxy._adopt(value.clone())
 
 
 def _let_go(proxy: Proxy) -> None:
@@ -177,14 +221,13 @@ class Arrives:
 
 def arrive(proxy: Proxy | Arrives, live: Any) -> None:
     """Let a pending proxy have its value: ``live`` is what the same step gives in a live trace."""
-    if isinstance(proxy, Arrives):
-        proxy = proxy.proxy
+    target: Any = proxy.proxy if type(proxy) is Arrives else proxy
     is_proxy = issubclass(type(live), Proxy)
     if is_proxy and live._value is PENDING:
         # A gradient, which comes later still: the step that gives it has been taken all the same.
-        _set(proxy, "_live", live)
-        live._tape.record(arrive, Arrives(proxy), live)
+        _set(target, "_live", live)
+        live._tape.record(arrive, Arrives(target), live)
         return
-    _set(proxy, "_origin", live._origin if is_proxy else None)
-    _set(proxy, "_live", live)
-    proxy._adopt(live._get() if is_proxy else live)
+    _set(target, "_origin", live._origin if is_proxy else None)
+    _set(target, "_live", live)
+    target._adopt(live._get() if is_proxy else live)

@@ -96,3 +96,15 @@ def user_frame(frame: FrameType | None = None) -> FrameType:
         last, frame = frame, frame.f_back
     assert last is not None
     return last
+
+
+def inside_autograd_function() -> bool:
+    """Whether a custom ``torch.autograd.Function`` is at work, between here and the trace."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.autograd.function":
+            return True
+        frame = frame.f_back
+    return False

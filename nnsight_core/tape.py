@@ -10,9 +10,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from nnsight_core.arguments import PENDING
+import torch
+
+from nnsight_core import thread_state
+from nnsight_core.arguments import PENDING, frozen
 from nnsight_core.asked import Asked
-from nnsight_core.errors import NNsightError, OrderError
+from nnsight_core.errors import NNsightError, OrderError, RecordingError
 from nnsight_core.events import Event
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.proxy import Proxy
@@ -32,7 +35,7 @@ class Instruction:
         site: the user's line.
     """
 
-    __slots__ = ("args", "asked", "function", "kwargs", "result", "site")
+    __slots__ = ("args", "asked", "function", "kwargs", "result", "site", "state", "versions")
 
     def __init__(
         self,
@@ -49,6 +52,38 @@ class Instruction:
         self.kwargs = kwargs
         self.result = result
         self.site = site
+        #: torch's state in the body, under which the step is to be taken.
+        self.state = thread_state.snapshot()
+        self.versions = [(each, each._version) for each in _own_tensors((args, kwargs)) if not each.is_inference()]
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the step, with its arguments there.
+
+        Raises:
+            RecordingError: a tensor of the script's own has been changed since the step was written.
+        """
+        assert self.function is not None
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RecordingError("A tensor was changed after it had been used with a pending value.", self.site)
+        now = thread_state.snapshot()
+        guard = thread_state.enter(self.state, now) if now != self.state else None
+        try:
+            with on_behalf_of(self.site):
+                result = self.function(*args, **kwargs)
+        finally:
+            if now != self.state:
+                thread_state.leave(guard, now)
+        arrive(self.result, result)
+
+
+def _own_tensors(value: Any) -> list[torch.Tensor]:
+    """The plain tensors in arguments; parameters change for good reasons, and are the model's."""
+    if type(value) is torch.Tensor:
+        return [value]
+    if type(value) in (tuple, list):
+        return [tensor for entry in value for tensor in _own_tensors(entry)]
+    return [tensor for entry in value.values() for tensor in _own_tensors(entry)] if type(value) is dict else []
 
 
 class Recorder(Protocol):
@@ -77,9 +112,13 @@ class Tape:
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
         """Note a call for later; gives the pending proxy of its result."""
+        return self.current._add(None, function, frozen(args), frozen(kwargs))
+
+    @property
+    def current(self) -> Tape:
+        """The tape that is being recorded now."""
         recorder = self._recorder()
-        tape = self if recorder is None else recorder.tape_for(self)
-        return tape._add(None, function, args, kwargs)
+        return self if recorder is None else recorder.tape_for(self)
 
     def ask(self, asked: Asked) -> Proxy:
         """Note a question to the model for later; gives the pending proxy of the answer."""
@@ -106,18 +145,6 @@ class Tape:
     def mentions(self, name: str) -> bool:
         """Whether a step reads or sets the attribute ``name`` of a value."""
         return any(type(arg) is str and arg == name for step in self.instructions for arg in step.args)
-
-    def needs_others(self) -> bool:
-        """Whether a step needs a value that has yet to arrive on another tape."""
-
-        def pending(value: Any) -> bool:
-            if issubclass(type(value), Proxy):
-                return value._value is PENDING and value._tape is not self
-            if type(value) in (tuple, list):
-                return any(pending(entry) for entry in value)
-            return type(value) is dict and any(pending(entry) for entry in value.values())
-
-        return any(pending(step.args) or pending(step.kwargs) for step in self.instructions)
 
 
 class NotThereYet(Exception):
@@ -146,13 +173,6 @@ def resolved(value: Any) -> Any:
     return value
 
 
-class Follower(Protocol):
-    """Somebody who waits for a value of a tape."""
-
-    def run(self, clients: dict[Tape, TapeClient]) -> None:
-        """A value has arrived."""
-
-
 class TapeClient:
     """Runs one tape in a pass: as far as it gets, each time a value arrives.
 
@@ -168,7 +188,7 @@ class TapeClient:
         self._interleaver = interleaver
         self._proxy = proxy
         self._position = 0
-        self._followers: list[Follower] = []
+        self._followers: list[TapeClient] = []
         #: It had to wait for a value of another tape, and may have been late for the model because of that.
         self.was_blocked = False
         #: It could not be done in this pass, and is to be done in another.
@@ -202,8 +222,7 @@ class TapeClient:
                 self._wait_for(missing.proxy)
                 return
             try:
-                with on_behalf_of(step.site):
-                    result = step.function(*args, **kwargs)
+                step.take(args, kwargs)
             except OrderError:
                 if not self.was_blocked:
                     raise
@@ -213,7 +232,6 @@ class TapeClient:
             except Exception as error:
                 point_at(error, step.site)
                 raise
-            arrive(step.result, result)
             self._position += 1
             self._wake()
 
@@ -223,14 +241,9 @@ class TapeClient:
             if step.asked is not None:
                 arrive(step.result, ask(step.asked))
             else:
-                assert step.function is not None
-                arrive(step.result, step.function(*resolved(step.args), **resolved(step.kwargs)))
+                step.take(resolved(step.args), resolved(step.kwargs))
             self._position += 1
             self._wake()
-
-    def follow(self, follower: Follower) -> None:
-        """Tell ``follower`` when the next value has arrived."""
-        self._followers.append(follower)
 
     @property
     def waits_for(self) -> Asked | None:

@@ -81,21 +81,23 @@ class Tracer:
         parts, self._gathered = self._gathered, []
         calls = [part.call for part in parts if part.call is not None]
         if not calls:
-            raise MissingInputError()
+            raise MissingInputError(alone=True)
         batch, sizes = (calls[0], [1]) if len(calls) == 1 else self._combine(calls)
-        rows = iter(rows_of(sizes))
+        # With beams, one prompt makes any number of rows.
+        flattened = None if batch.runs_repeatedly or not batch.prompt_length else (batch.prompt_length,)
+        rows = iter(rows_of(sizes, flattened))
         for part in parts:
             part.place(None if part.call is None else next(rows), batch)
         self._run(batch, parts, live)
 
-    def _run(self, batch: Call, parts: list[Part], live: Part | None) -> None:
+    def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
         self.forward_passes += 1
         self._batch = batch
         self._pass = Pass(batch, parts, self._root, self._result._module)
         self._pass.start(live)
 
     def _finish_pass(self) -> None:
-        done: list[Part] | None = None
+        undone: list[Part] | None = None
         while self._pass is not None:
             running, self._pass = self._pass, None
             try:
@@ -103,12 +105,13 @@ class Tracer:
             except BaseException:
                 running.unwind()
                 raise
-            if again and again == done:
+            if again and again == undone:
                 raise RuntimeError("These invokes wait for values of each other, and no order of passes serves them.")
             if again:
-                # They need values that came too late for them in this pass; now these are there.
-                done = again
-                self._run(self._batch, again, None)
+                # They need values that came too late for them, and that are there now. Everybody goes through the
+                # further pass, so that each change is made in it and each value is what it would be in one pass.
+                undone = again
+                self._run(self._batch, running.parts, None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -117,8 +120,7 @@ class Tracer:
             if kind is None:
                 self._finish_pass()
                 if self._gathered:
-                    self._start_pass(None)
-                    self._finish_pass()
+                    self._finish_gathered()
                 elif not self._parts:
                     raise MissingInputError()
                 self._check_parts()
@@ -184,8 +186,14 @@ class Tracer:
         part, self._current = self._current, None
         assert part is not None
         closed(part)
-        if part.live is not None and not failed:
-            self._finish_pass()
+        if part.live is not None and self._pass is not None:
+            if failed:
+                running, self._pass = self._pass, None
+                running.unwind()
+            else:
+                self._finish_pass()
+        elif failed and part in self._gathered:
+            self._gathered.remove(part)
 
     def tape_for(self, tape: Tape) -> Tape:
         """The tape of the invoke that is being written."""
@@ -196,19 +204,22 @@ class Tracer:
         """Python looks at a pending value: run what has been gathered, and let the body go on live."""
         current = self._current
         if self._pass is not None:
-            while self._pass.serves(tape):
-                self._pass.run_until_arrival(tape)
             return
-        if current is not None and (current.tape is not tape or tape.needs_others()):
+        if current is not None and current.call is not None:
             # The others do not need this body, so they go first, and it can still be in time for everything.
             self._gathered.remove(current)
-            if self._gathered:
-                self._start_pass(None)
-                self._finish_pass()
+            self._finish_gathered()
             self._gathered.append(current)
-        if current is None or current.tape is tape:
-            self._start_pass(current)
+            if current.tape is tape:
+                self._start_pass(current)
+            return
+        self._start_pass(current)
         if current is None:
+            self._finish_pass()
+
+    def _finish_gathered(self) -> None:
+        if self._gathered:
+            self._start_pass(None)
             self._finish_pass()
 
     def barrier(self, count: int = 0) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer
+from nnsight_core.scope import Scope
 from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
 from nnterp.architectures import spec_for, spec_from_file
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -126,21 +127,19 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
                 setattr(self, name, ModuleAccess(self, name, modules, why_not))
 
     @property
-    def input_ids(self) -> torch.Tensor:
+    def input_ids(self) -> Any:
         """The token ids of the open trace, (batch, position), padding included."""
-        ids: torch.Tensor = self.open_scope("input_ids").inputs["input_ids"]
-        return ids
+        return self.open_scope("input_ids").given("input_ids")
 
     @property
-    def input_size(self) -> torch.Size:
+    def input_size(self) -> Any:
         """The shape of :attr:`input_ids`: (batch, position)."""
         return self.input_ids.shape
 
     @property
-    def attention_mask(self) -> torch.Tensor:
+    def attention_mask(self) -> Any:
         """1 for the tokens of the open trace and 0 for padding, (batch, position)."""
-        mask = self.open_scope("attention_mask").inputs.get("attention_mask")
-        return torch.ones_like(self.input_ids) if mask is None else mask
+        return self.open_scope("attention_mask").given("attention_mask", _no_padding)
 
     @property
     def token_embeddings(self) -> Any:
@@ -164,6 +163,10 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     def next_token_probs(self) -> Any:
         """The probabilities of the token after each prompt: (batch, vocab), each row sums to 1."""
         return self.logits[:, -1].softmax(-1)
+
+
+def _no_padding(scope: Scope) -> torch.Tensor:
+    return torch.ones_like(scope.inputs["input_ids"])
 
 
 def _load(

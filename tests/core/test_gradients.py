@@ -145,6 +145,28 @@ def test_gradients_that_cannot_be(model: LanguageModel) -> None:
             assert model.transformer.h[1].output.grad is not None
 
 
+class Straight(torch.autograd.Function):
+    """Rounds, and lets gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def test_a_custom_autograd_function_called_in_the_body_keeps_its_gradient(module: Any, model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.transformer.h[1].output.save()
+        rounded = Straight.apply(hidden)
+        assert type(rounded) is torch.Tensor
+    (gradient,) = torch.autograd.grad(rounded.sum(), hidden.value)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert torch.equal(rounded, hidden.value.round())
+
+
 def test_nothing_is_left_on_the_graph(module: Any, model: LanguageModel) -> None:
     with model.trace(IDS):
         hidden = model.transformer.h[1].output.save()

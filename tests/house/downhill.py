@@ -64,6 +64,7 @@ ORDER = (
     "nnsight_core/scope.py",
     "nnsight_core/input_proxy.py",
     "nnsight_core/proxy.py",
+    "nnsight_core/appearance.py",
     "nnsight_core/token_index.py",
     "nnsight_core/operators.py",
     "nnsight_core/events.py",
