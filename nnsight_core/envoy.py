@@ -155,8 +155,9 @@ class Envoy:
         if isinstance(key, int):
             # Lists number their modules; a negative number, or a module that is no list, goes the long way.
             modules, name = self._module._modules, str(key)
-            if name in modules and modules[name] is not None:
-                return self._child(name, modules[name])
+            numbered = modules[name] if name in modules else None
+            if numbered is not None:
+                return self._child(name, numbered)
         children = list(self._module._modules.items())
         chosen = children[key]
         if isinstance(chosen, list):
