@@ -155,7 +155,7 @@ class Envoy:
         if isinstance(key, int):
             # Lists number their modules; a negative number, or a module that is no list, goes the long way.
             modules, name = self._module._modules, str(key)
-            numbered = modules[name] if name in modules else None
+            numbered = modules[name] if name in modules else None  # noqa: SIM401 - scripted modules have no get()
             if numbered is not None:
                 return self._child(name, numbered)
         children = list(self._module._modules.items())
