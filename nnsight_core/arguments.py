@@ -42,15 +42,6 @@ class Standin:
         raise TypeError(f"{type(self).__name__} has no value.")
 
 
-def plain(value: Any) -> Any:
-    """The value of a proxy; anything else as it is.
-
-    Raises:
-        ReleasedValueError: the proxy was not saved and its trace is over.
-    """
-    return value._plain() if issubclass(type(value), Standin) else value
-
-
 def _version(tensor: Any) -> int:
     # Tensors made in inference mode do not count their changes.
     return -1 if not isinstance(tensor, torch.Tensor) or tensor.is_inference() else tensor._version

@@ -31,10 +31,6 @@ from nnsight_core.model import NNsight
 from nnsight_core.passes import Call
 from nnsight_core.tracer import Tracer
 
-#: A prompt as text, as token ids, or as a tensor of ids of shape (position) or (batch, position); or several prompts.
-Prompts = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]"
-
-
 #: What is made anew when prompts of several inputs are padded to one length.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 

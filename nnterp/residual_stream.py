@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from nnsight_core.scope import Scope
     from nnterp.accessors import ValueAccess
 
-Indices = "int | Sequence[int] | torch.Tensor | None"
-
 
 class ResidualStream:
     """What a :class:`~nnterp.StandardizedTransformer` does to the residual stream inside a trace."""
