@@ -124,6 +124,8 @@ class Cache:
     def recorder(self, rows: Rows | None, in_steps: bool) -> Callable[[torch.nn.Module, str, Any], None]:
         """What notes values as they come: of these rows of the batch, in a pass that has steps or not."""
         paths = {envoy._module: envoy.path for envoy in self._chosen}
+        # Where a batch has to go through the model again, it is the last time that counts.
+        self._entries.clear()
 
         def record(module: torch.nn.Module, kind: str, value: Any) -> None:
             path = paths[module]

@@ -111,6 +111,19 @@ def test_in_an_invoke_it_keeps_that_invokes_rows(module: Any) -> None:
     torch.testing.assert_close(second["lm_head"].output[:, -2:], module(torch.tensor([SHORT])).logits)
 
 
+def test_a_further_pass_does_not_count_twice(module: Any) -> None:
+    model = LanguageModel(module)
+    with model.trace() as tracer:
+        with tracer.invoke(IDS):
+            late = model.transformer.h[-1].output
+            cache = tracer.cache(modules=["lm_head"])
+        with tracer.invoke(IDS):
+            model.transformer.h[0].output = late
+            model.lm_head.output.save()
+    assert tracer.forward_passes == 2
+    torch.testing.assert_close(cache["lm_head"].output, module(torch.tensor([IDS])).logits)
+
+
 def test_options(model: StandardizedTransformer) -> None:
     with model.trace(IDS) as tracer:
         cache = tracer.cache(modules=["lm_head"], dtype=torch.float64, detach=False, device="cpu")
