@@ -45,7 +45,6 @@ class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types fo
         super().__init__(self._run_call)
         self._call = call
         self.result: Any = None
-        self.error: BaseException | None = None
 
     def run_here(self) -> None:
         """Run the model where the caller stands, and not as a coroutine."""

@@ -67,6 +67,7 @@ class LanguageModel(NNsight):
         **kwargs: Any,
     ) -> None:
         if isinstance(model, torch.nn.Module):
+            refuse_loading_options(kwargs)
             module = model
         else:
             module = load_model(model, **kwargs)
@@ -235,6 +236,15 @@ def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:
 
 def _readable(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def refuse_loading_options(options: Mapping[str, Any]) -> None:
+    """Raises:
+    TypeError: there are options for loading, where the model is loaded already.
+    """
+    if options:
+        names = ", ".join(sorted(options))
+        raise TypeError(f"{names}: these say how to load a model, but a loaded one was given. Leave them out.")
 
 
 def load_model(name: str | Path, known: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nnsight_core.errors import ModelNotFoundError
-from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer
+from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
 from nnsight_core.scope import Scope
 from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
 from nnterp.architectures import spec_for, spec_from_file
@@ -87,6 +87,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         **kwargs: Any,
     ) -> None:
         if isinstance(model, torch.nn.Module):
+            refuse_loading_options(kwargs)
             module = model
         else:
             module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)

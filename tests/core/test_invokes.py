@@ -18,6 +18,7 @@ from nnsight_core.errors import (
     NoTraceError,
     ReleasedValueError,
 )
+from tests.core.test_gradients import Straight
 
 A = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
 B = torch.tensor([[0.5, 0.25, -1.0], [2.0, 0.0, 1.0]], dtype=torch.float64)
@@ -197,18 +198,6 @@ def test_the_grad_mode_and_autocast_of_a_line_hold_for_it(model: NNsight) -> Non
     assert joined.value.requires_grad
     assert product.value.dtype == torch.bfloat16
     assert not alone.value.requires_grad
-
-
-class Straight(torch.autograd.Function):
-    """Rounds, and lets gradients pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
 
 
 def test_a_function_with_its_own_gradient_keeps_it_once_the_value_is_there(model: NNsight) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnsight_core import InputError, ModelNotFoundError
+from nnsight_core import InputError, LanguageModel, ModelNotFoundError
 from nnterp import StandardizedTransformer
 from nnterp.errors import NnterpError, UnknownArchitectureError
 from tests.families import tiny_model
@@ -61,6 +61,12 @@ def test_a_name_that_does_not_exist_suggests_those_that_come_along() -> None:
     with pytest.raises(ModelNotFoundError, match="Did you mean 'demo-llama'") as caught:
         StandardizedTransformer("demo-lama")
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [LanguageModel, StandardizedTransformer])
+def test_options_for_loading_are_not_dropped_where_nothing_is_loaded(wrap: Any) -> None:
+    with pytest.raises(TypeError, match="attn_implementation: these say how to load"):
+        wrap(tiny_model("llama"), attn_implementation="eager")
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
