@@ -48,6 +48,17 @@ class Asked:
         self.otherwise = otherwise
         self.setting = setting
 
+    def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
+        """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is
+        under way, None where steps are not counted.
+        """
+        each: Asked | None = self
+        while each is not None:
+            if each.module is module and each.kind == kind and (step is None or each.step is None or each.step == step):
+                return True
+            each = each.otherwise
+        return False
+
 
 class Client(Protocol):
     """Somebody who asks for values of a pass."""

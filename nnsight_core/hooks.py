@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
+from greenlet import getcurrent
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
@@ -29,90 +31,111 @@ def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> Non
     """A hook that does nothing: its presence alone lets later hooks of a running module fire."""
 
 
-def _nobody() -> bool:
-    return False
-
-
-def _nothing(module: torch.nn.Module, kind: str, value: Any) -> None:
+def _nothing(*args: Any) -> None:
     return None
 
 
-class HookBoard:
-    """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`."""
+#: The keys of hooks among torch's own, which are counted from 0 upwards.
+_keys = count(-1, -1)
 
-    def __init__(self, is_ours: Callable[[], bool], deliver: Deliver) -> None:
-        self._is_ours = is_ours
+
+def _forward_hooks(module: torch.nn.Module) -> dict[Any, Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        # It has no hooks, and torch says so.
+        module.register_forward_hook(_keeps_hooks_running)
+    return module._forward_hooks
+
+
+class HookBoard:
+    """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`.
+
+    They are written straight into the modules' own dicts, for a handle of torch's costs as much as everything else that
+    is done for a value. One key serves all hooks of a pass.
+
+    Args:
+        coroutine: gives the coroutine in which the pass runs; what other coroutines and threads do is not its business.
+        deliver: told of what has come.
+    """
+
+    def __init__(self, coroutine: Callable[[], Any], deliver: Deliver) -> None:
+        self._coroutine = coroutine
         self._deliver = deliver
-        self._armed: dict[int, RemovableHandle] = {}
-        self._waiting: dict[tuple[int, str], RemovableHandle] = {}
+        self._key = next(_keys)
+        self._armed_last: Iterable[torch.nn.Module] | None = None
+        self._armed: set[torch.nn.Module] = set()
+        self._outputs: set[torch.nn.Module] = set()
+        self._inputs: set[torch.nn.Module] = set()
         self._followed: list[RemovableHandle] = []
-        self._gates: dict[int, Gate] = {}
+        self._gates: dict[torch.nn.Module, Gate] = {}
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
-        """Deliver ``kind`` of ``module`` until :meth:`unwatch`, whose call stands inside calls of ``ancestors``."""
-        for ancestor in ancestors:
-            if id(ancestor) not in self._armed:
-                self._armed[id(ancestor)] = ancestor.register_forward_hook(_keeps_hooks_running)
-        key = (id(module), kind)
-        if key in self._waiting:
-            return
+        """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
+        if ancestors is not self._armed_last:
+            self._armed_last = ancestors
+            for ancestor in ancestors:
+                self._arm(ancestor)
         if kind == "output":
-            self._waiting[key] = module.register_forward_hook(self._on_output)
-        else:
-            if id(module) not in self._armed:
-                self._armed[id(module)] = module.register_forward_hook(_keeps_hooks_running)
-            # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
-            self._hold_gate(module)
-            if kind == "input":
-                self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            if module not in self._outputs:
+                _forward_hooks(module)[self._key] = self._on_output
+                self._outputs.add(module)
+            return
+        self._arm(module)
+        # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
+        if module not in self._gates and not isinstance(module, torch.jit.ScriptModule):
+            self._gates[module] = Gate.hold(module, self)
+        if kind == "input" and module not in self._inputs:
+            self._inputs.add(module)
+            # The mark comes first and goes last, so that another thread's torch never sees the hook without it.
+            module._forward_pre_hooks_with_kwargs[self._key] = True
+            module._forward_pre_hooks[self._key] = self._on_input
 
-    def _hold_gate(self, module: torch.nn.Module) -> None:
-        if id(module) not in self._gates and not isinstance(module, torch.jit.ScriptModule):
-            self._gates[id(module)] = Gate.hold(module, self)
+    def _arm(self, module: torch.nn.Module) -> None:
+        if module not in self._armed and module not in self._outputs:
+            _forward_hooks(module)[self._key] = _keeps_hooks_running
+            self._armed.add(module)
 
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
-        return self._deliver(module, "skip", (args, kwargs)) if self._is_ours() else None
+        return self._deliver(module, "skip", (args, kwargs)) if getcurrent() is self._coroutine() else None
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
         handle = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
         self._followed.append(handle)
 
-    def unwatch(self, module: torch.nn.Module, kind: str) -> None:
-        """Nobody waits for it any more."""
-        handle = self._waiting.pop((id(module), kind), None)
-        if handle is not None:
-            handle.remove()
-
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
-        if not self._is_ours():
+        if getcurrent() is not self._coroutine():
             return None
         changed = self._deliver(module, "output", output)
         return None if changed is None else changed[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         # torch looks up live whether a hook takes kwargs: when another thread takes it off meanwhile, there are none.
-        if kwargs is None or not self._is_ours():
+        if kwargs is None or getcurrent() is not self._coroutine():
             return None
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
 
-    def release(self) -> None:
-        """Forget who is to be told; there are no hooks any more."""
-        self._is_ours, self._deliver = _nobody, _nothing
-
     def clear(self) -> None:
         """Remove every hook."""
-        for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
+        key = self._key
+        for module in (*self._armed, *self._outputs):
+            module._forward_hooks.pop(key, None)
+        for module in self._inputs:
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for handle in self._followed:
             handle.remove()
-        self._followed.clear()
         for gate in self._gates.values():
             gate.let_go(self)
-        self._gates.clear()
-        self._waiting.clear()
-        self._armed.clear()
+        self._armed_last = None
+        for each in (self._armed, self._outputs, self._inputs, self._followed, self._gates):
+            each.clear()
+
+    def release(self) -> None:
+        """Forget who is to be told; there are no hooks any more."""
+        self._coroutine = self._deliver = _nothing
 
 
 class Gate:
@@ -171,13 +194,14 @@ class PlainCalls:
     It is on only while the body of a trace has its turn, so that the model itself never pays for it.
     """
 
-    def __init__(self, is_body: Callable[[], bool]) -> None:
-        self._is_body = is_body
+    def __init__(self) -> None:
+        self._body: Any = None
         # The calls under way: the module, and what was met among its arguments if that makes its result a proxy.
         self._under_way: list[tuple[torch.nn.Module, Met | None]] = []
 
-    def on(self) -> None:
-        """The body has its turn."""
+    def on(self, body: Any) -> None:
+        """The body has its turn, in the coroutine ``body``."""
+        self._body = body
         torch_module._global_forward_pre_hooks[self] = self._before  # type: ignore[index]
         torch_module._global_forward_hooks[self] = self._after  # type: ignore[index]
 
@@ -187,12 +211,8 @@ class PlainCalls:
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
         self._under_way.clear()
 
-    def release(self) -> None:
-        """Forget whose turns these are."""
-        self._is_body = _nobody
-
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-        if not self._is_body():
+        if getcurrent() is not self._body:
             return None
         # torch shows keyword arguments to global hooks nowhere else than in the frame that calls them.
         kwargs = sys._getframe(1).f_locals.get("kwargs") or {}

@@ -15,7 +15,7 @@ from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
 from nnsight_core.events import Event
 from nnsight_core.gradients import GradientTape
-from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
+from nnsight_core.interleaver import ForwardPass, Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
 from nnsight_core.proxy import Proxy
@@ -106,7 +106,7 @@ class Part:
         if self.rows is not None and self._wants_gradients() and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             cut = self.rows.take(event.value)
-            event.put(self.rows.put(event.value, cut))
+            event.write(self.rows.put(event.value, cut))
             return self.scope.proxy(cut, origin, is_call=event.kind != "output")
         return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
 
@@ -139,8 +139,8 @@ class Pass:
         def run() -> Any:
             return result(call.function(*call.args, **call.kwargs))
 
-        witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
-        self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
+        observe = partial(observed_order, root, call.args, call.kwargs)
+        self.interleaver = Interleaver(run, observe, root if call.runs_repeatedly else None)
         self.forward: ForwardPass = self.interleaver.own()
         self.parts = parts
         self._in_steps = call.runs_repeatedly
