@@ -72,7 +72,11 @@ def opened(trace: OpenTrace, body: FrameType) -> None:
 
 def closed(trace: OpenTrace) -> None:
     """Take ``trace`` out, wherever it stands: generators and tasks do not close in reverse order."""
-    _open.set(tuple(each for each in _open.get() if each.trace() is not None and each.trace() is not trace))
+    entries = _open.get()
+    if len(entries) == 1 and entries[0].trace() is trace:
+        _open.set(())
+        return
+    _open.set(tuple(each for each in entries if each.trace() is not None and each.trace() is not trace))
 
 
 def open_trace(root: torch.nn.Module) -> OpenTrace | None:
@@ -80,7 +84,11 @@ def open_trace(root: torch.nn.Module) -> OpenTrace | None:
 
     A generator's block is here only while the generator runs.
     """
-    entries = [entry for entry in _open.get() if (trace := entry.trace()) is not None and trace.root is root]
+    everywhere = _open.get()
+    if len(everywhere) == 1 and not everywhere[0].can_be_left:
+        trace = everywhere[0].trace()
+        return trace if trace is not None and trace.root is root else None
+    entries = [entry for entry in everywhere if (trace := entry.trace()) is not None and trace.root is root]
     if not entries:
         return None
     if len(entries) == 1 and not entries[0].can_be_left:

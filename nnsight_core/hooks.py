@@ -119,6 +119,8 @@ class HookBoard:
 
     def clear(self) -> None:
         """Remove every hook."""
+        if self._armed_last is None and not self._followed:
+            return
         key = self._key
         for module in (*self._armed, *self._outputs):
             module._forward_hooks.pop(key, None)
@@ -207,6 +209,9 @@ class PlainCalls:
 
     def off(self) -> None:
         """The model has its turn."""
+        if self._body is None:
+            return
+        self._body = None
         torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
         self._under_way.clear()

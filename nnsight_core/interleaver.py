@@ -189,7 +189,9 @@ class Interleaver:
     def hand_over(self) -> None:
         """The model's side: let the body of the live trace have its turn, and come back when it asks for more."""
         self._model_state = now = thread_state.snapshot()
-        guard = thread_state.enter(self._body_state, now) if now != self._body_state else None
+        guard = None
+        if now != self._body_state:
+            guard = thread_state.enter(self._body_state, now)
         try:
             self._body.switch()
         finally:

@@ -24,7 +24,7 @@ from nnsight_core.scope import Scope
 from nnsight_core.tape import Recorder, Tape, TapeClient
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A call of the model, ready to be made.
 
@@ -72,7 +72,7 @@ class Part:
         self.rows: Rows | None = None
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
-        self._steps_of: dict[torch.nn.Module, int] = {}
+        self._steps_of: dict[torch.nn.Module, int] | None = None
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -87,11 +87,12 @@ class Part:
 
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of."""
-        return max(self.step, self._steps_of.get(module, 0))
+        return self.step if self._steps_of is None else max(self.step, self._steps_of.get(module, 0))
 
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
-        self._steps_of[module] = self.step_of(module) + 1
+        step = self.step_of(module) + 1
+        self._steps_of = {**(self._steps_of or {}), module: step}
 
     def ask(self, asked: Asked) -> Proxy:
         """The value asked for: present if this body runs live, else pending."""
@@ -102,13 +103,14 @@ class Part:
 
     def proxy(self, event: Event) -> Proxy:
         """The proxy of what ``event`` gives, cut to this body's rows."""
-        origin = event.origin(self.rows)
-        if self.rows is not None and self._wants_gradients() and torch.is_grad_enabled():
+        is_call, rows = event.kind != "output", self.rows
+        if rows is None:
+            return self.scope.proxy(event.value, event, is_call, event.site)
+        part = rows.take(event.value)
+        if self._wants_gradients() and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
-            cut = self.rows.take(event.value)
-            event.write(self.rows.put(event.value, cut))
-            return self.scope.proxy(cut, origin, is_call=event.kind != "output")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
+            event.write(rows.put(event.value, part))
+        return self.scope.proxy(part, event.origin(rows), is_call, event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
-from nnsight_core.events import Origin
+from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
 from nnsight_core.saveable import as_plain_result
@@ -27,6 +27,11 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     C code that takes whatever calls itself a tensor, without asking for ``__torch_function__``, finds the value's
     memory and its place in the autograd graph.
     """
+
+    # Most proxies never have others, and what a class has need not be set on each of them.
+    _saved = False
+    _tape: Any = None
+    _live: Any = None
 
     @property
     def values(self) -> Any:
@@ -75,6 +80,14 @@ def _empty(kind: type[Any]) -> Any:
         return torch.Tensor._make_subclass(kind, _EMPTY)
 
 
+def _no_tensor(kind: type[ObjectProxy]) -> ObjectProxy:
+    made = kind.__new__(kind)
+    _set(made, "_saved", False)
+    _set(made, "_tape", None)
+    _set(made, "_live", None)
+    return made
+
+
 class Scope:
     """The life of the values of one trace: all its proxies are made here and let go here."""
 
@@ -111,30 +124,31 @@ class Scope:
         """An argument of the model's; pending until the batch is put together."""
         return _given(self, name, otherwise) if self.tape is None else self.tape.record(_given, self, name, otherwise)
 
-    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False, site: Site | None = None) -> Proxy:
+    def proxy(
+        self, value: Any, origin: Origin | Event | None = None, is_call: bool = False, site: Site | None = None
+    ) -> Proxy:
         """A proxy of ``value``, or of the call of a module, that lives in this scope; ``site`` is the user's line."""
         if not is_call:
             is_tensor = isinstance(value, torch.Tensor)
-            made = _alias(TensorProxy, value) if is_tensor else ObjectProxy.__new__(ObjectProxy)
+            made = _alias(TensorProxy, value) if is_tensor else _no_tensor(ObjectProxy)
         else:
             args, kwargs = value
             first = first_argument(value) if args or kwargs else None
             is_tensor = isinstance(first, torch.Tensor)
-            made = _alias(TensorInputProxy, first) if is_tensor else ObjectInputProxy.__new__(ObjectInputProxy)
-        return self._enter(made, value, origin, None, site)
+            made = _alias(TensorInputProxy, first) if is_tensor else _no_tensor(ObjectInputProxy)
+        return self._enter(made, value, origin, site)
 
     def pending(self, tape: Any, is_call: bool = False) -> Proxy:
         """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
-        return self._enter(_empty(TensorInputProxy if is_call else TensorProxy), PENDING, None, tape)
+        made = _empty(TensorInputProxy if is_call else TensorProxy)
+        _set(made, "_tape", tape)
+        return self._enter(made, PENDING, None)
 
-    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any, site: Site | None = None) -> Proxy:
+    def _enter(self, made: Any, value: Any, origin: Origin | Event | None, site: Site | None = None) -> Proxy:
         _set(made, "_value", value)
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
         _set(made, "_site", site or user_site())
-        _set(made, "_saved", False)
-        _set(made, "_tape", tape)
-        _set(made, "_live", None)
         self._made.append(weakref.ref(made))
         if len(self._made) > self._limit:
             self._made = [each for each in self._made if each() is not None]
@@ -176,11 +190,13 @@ class Scope:
             if proxy is None:
                 continue
             _set(proxy, "_origin", None)
-            _set(proxy, "_live", None)
-            if self.is_cut and proxy._saved:
+            if proxy._live is not None:
+                _set(proxy, "_live", None)
+            saved = proxy._saved
+            if self.is_cut and saved:
                 _trim(proxy)
-            if not proxy._saved or proxy._value is PENDING:
-                _set(proxy, "_value", NEVER_CAME if proxy._saved else RELEASED)
+            if not saved or proxy._value is PENDING:
+                _set(proxy, "_value", NEVER_CAME if saved else RELEASED)
                 _let_go(proxy)
         self._made.clear()
 
