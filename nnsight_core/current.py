@@ -42,6 +42,9 @@ class OpenTrace(Protocol):
         """The value asked for, present or pending."""
 
 
+_CAN_BE_LEFT = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
 class _Entry:
     """An open trace, and the frame that its block stands in."""
 
@@ -49,13 +52,15 @@ class _Entry:
 
     def __init__(self, trace: OpenTrace, body: FrameType) -> None:
         # A generator that a @contextmanager runs opens the trace for its caller.
-        while body.f_code.co_flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
+        flags = body.f_code.co_flags
+        while flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
             body = user_frame(body.f_back)
+            flags = body.f_code.co_flags
         # Weak, so that a trace that is dropped half-way is not kept alive by having been open.
         self.trace = weakref.ref(trace)
         # The frame lives as long as its block does, so its id will do and holds nothing.
         self.frame = id(body)
-        self.can_be_left = bool(body.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+        self.can_be_left = bool(flags & _CAN_BE_LEFT)
 
 
 def _is_contextlib(frame: FrameType | None) -> bool:

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import update_wrapper
 from itertools import count
 from typing import Any, ClassVar
 
@@ -39,13 +38,6 @@ def _nothing(*args: Any) -> None:
 _keys = count(-1, -1)
 
 
-def _forward_hooks(module: torch.nn.Module) -> dict[Any, Any]:
-    if isinstance(module, torch.jit.ScriptModule):
-        # It has no hooks, and torch says so.
-        module.register_forward_hook(_keeps_hooks_running)
-    return module._forward_hooks
-
-
 class HookBoard:
     """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`.
 
@@ -62,11 +54,12 @@ class HookBoard:
         self._deliver = deliver
         self._key = next(_keys)
         self._armed_last: Iterable[torch.nn.Module] | None = None
-        self._armed: set[torch.nn.Module] = set()
-        self._outputs: set[torch.nn.Module] = set()
-        self._inputs: set[torch.nn.Module] = set()
-        self._followed: list[RemovableHandle] = []
-        self._gates: dict[torch.nn.Module, Gate] = {}
+        #: The modules with a forward hook of ours, and whether it delivers what they give.
+        self._hooked: dict[torch.nn.Module, bool] = {}
+        #: The modules with a forward pre-hook of ours, and their gates: scripted modules have none.
+        self._gates: dict[torch.nn.Module, Gate | None] = {}
+        self._may_skip: set[torch.nn.Module] | None = None
+        self._followed: RemovableHandle | None = None
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
@@ -75,33 +68,40 @@ class HookBoard:
             for ancestor in ancestors:
                 self._arm(ancestor)
         if kind == "output":
-            if module not in self._outputs:
-                _forward_hooks(module)[self._key] = self._on_output
-                self._outputs.add(module)
+            if not self._hooked.get(module):
+                self._put(module, self._on_output)
+                self._hooked[module] = True
             return
         self._arm(module)
-        # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
-        if module not in self._gates and not isinstance(module, torch.jit.ScriptModule):
-            self._gates[module] = Gate.hold(module, self)
-        if kind == "input" and module not in self._inputs:
-            self._inputs.add(module)
+        if kind == "skip":
+            self._may_skip = {*(self._may_skip or ()), module}
+        if module not in self._gates:
+            # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
+            self._gates[module] = None if isinstance(module, torch.jit.ScriptModule) else Gate.hold(module, self)
             # The mark comes first and goes last, so that another thread's torch never sees the hook without it.
             module._forward_pre_hooks_with_kwargs[self._key] = True
             module._forward_pre_hooks[self._key] = self._on_input
 
     def _arm(self, module: torch.nn.Module) -> None:
-        if module not in self._armed and module not in self._outputs:
-            _forward_hooks(module)[self._key] = _keeps_hooks_running
-            self._armed.add(module)
+        if module not in self._hooked:
+            self._put(module, _keeps_hooks_running)
+            self._hooked[module] = False
+
+    def _put(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            # It has no hooks, and torch says so.
+            module.register_forward_hook(hook)
+        module._forward_hooks[self._key] = hook
 
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
-        return self._deliver(module, "skip", (args, kwargs)) if getcurrent() is self._coroutine() else None
+        if self._may_skip is None or module not in self._may_skip or getcurrent() is not self._coroutine():
+            return None
+        return self._deliver(module, "skip", (args, kwargs))
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
-        handle = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
-        self._followed.append(handle)
+        self._followed = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
 
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
@@ -119,21 +119,22 @@ class HookBoard:
 
     def clear(self) -> None:
         """Remove every hook."""
-        if self._armed_last is None and not self._followed:
-            return
         key = self._key
-        for module in (*self._armed, *self._outputs):
-            module._forward_hooks.pop(key, None)
-        for module in self._inputs:
-            module._forward_pre_hooks.pop(key, None)
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for handle in self._followed:
-            handle.remove()
-        for gate in self._gates.values():
-            gate.let_go(self)
-        self._armed_last = None
-        for each in (self._armed, self._outputs, self._inputs, self._followed, self._gates):
-            each.clear()
+        if self._hooked:
+            for module in self._hooked:
+                module._forward_hooks.pop(key, None)
+            self._hooked.clear()
+            self._armed_last = None
+        if self._gates:
+            for module, gate in self._gates.items():
+                module._forward_pre_hooks.pop(key, None)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                if gate is not None:
+                    gate.let_go(self)
+            self._gates.clear()
+        if self._followed is not None:
+            self._followed.remove()
+            self._followed = None
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
@@ -155,7 +156,7 @@ class Gate:
         self._forward = module.forward
         self._boards: list[HookBoard] = []
         # Models look at the signatures of their own forwards.
-        update_wrapper(self, self._forward)
+        self.__wrapped__ = self._forward
 
     @classmethod
     def hold(cls, module: torch.nn.Module, board: HookBoard) -> Gate:
@@ -181,6 +182,10 @@ class Gate:
                     del self._module.__dict__["forward"]
                 else:
                     self._module.__dict__["forward"] = self.own
+
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else they look at: the name, the documentation, what a decorator has left there.
+        return getattr(self.__dict__["_forward"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for board in list(self._boards):

@@ -78,44 +78,36 @@ class Interleaver:
     """The turns of one pass.
 
     Args:
-        call: runs the model; it is called once, in a coroutine, at the first value asked for or at the end.
+        forward: runs the model, from the first value asked for on, or at the end. Only a weak reference is kept:
+            hooks and suspended frames hold the interleaver, and were it to hold the coroutine too, a trace that is
+            abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
         observe: finds out, once something has gone wrong, in which order the model runs its modules.
         root: the model, if its runs are to be counted: one pass may run it several times.
     """
 
+    event: Event | None = None
+    _stopped_at: Site | None = None
+    _failure: BaseException | None = None
+    _somebody_missed = False
+
     def __init__(
-        self, call: Callable[[], Any], observe: Callable[[], Order], root: torch.nn.Module | None = None
+        self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None
     ) -> None:
-        forward = ForwardPass(call)
-        # Hooks and suspended frames hold the interleaver; were it to hold the coroutine too, a trace that is
-        # abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
-        self.forward_pass: ForwardPass | None = forward
         self._forward = weakref.ref(forward)
         self._observe: Callable[[], Order] | None = observe
         self._body = getcurrent()
         self._thread = threading.get_ident()
-        self._model_state = thread_state.snapshot()
-        self._body_state = self._model_state
+        self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
         self.hooks = HookBoard(self._forward, self._arrived)
         self.plain_calls = PlainCalls()
-        self.event: Event | None = None
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
         self._observers: dict[tuple[torch.nn.Module, str], list[Observer]] = {}
-        self._stopped_at: Site | None = None
-        self._failure: BaseException | None = None
-        self._somebody_missed = False
         #: The run of the model that has begun last, counted from 0, -1 before the first; None if they are not counted.
         self.step: int | None = None if root is None else -1
         if root is not None:
             self.hooks.follow(root, self._step_begins)
-
-    def own(self) -> ForwardPass:
-        """Hand the coroutine over to its owner."""
-        forward, self.forward_pass = self.forward_pass, None
-        assert forward is not None
-        return forward
 
     # What clients do.
 
@@ -153,7 +145,8 @@ class Interleaver:
         step = self.step
         clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
         if not clients:
-            self._observed(module, kind, value)
+            if self._observers:
+                self._observed(module, kind, value)
             return None
         if len(clients) > 1:
             clients.sort(key=self._order.__getitem__)
@@ -177,7 +170,8 @@ class Interleaver:
         finally:
             event.current = False
             self.event = None
-        self._observed(module, kind, event.value)
+        if self._observers:
+            self._observed(module, kind, event.value)
         changed = (event.value,) if event.replaced else None
         event.value = None
         return changed
@@ -219,7 +213,6 @@ class Interleaver:
         forward = self._forward()
         if forward is None or forward.dead:
             return False
-        self.check_thread()
         self._body = body = getcurrent()
         forward.parent = body
         self.plain_calls.off()
@@ -233,13 +226,18 @@ class Interleaver:
             else:
                 forward.throw(error)
         finally:
-            if guard is not None or forward.dead:
+            ended = forward.dead
+            if guard is not None or ended:
                 thread_state.leave(guard, now)
-            if not forward.dead:
+            if not ended:
                 self.plain_calls.on(body)
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise failure
+            try:
+                raise failure
+            finally:
+                # Its traceback holds this frame.
+                del failure
         return True
 
     def check_thread(self) -> None:
@@ -286,6 +284,7 @@ class Interleaver:
         self.hooks.clear()
         self._waiting.clear()
         if forward is not None and not forward.dead and bool(forward):
+            self.check_thread()
             self.give_turn(_Unwind())
         self.end()
 
@@ -300,9 +299,11 @@ class Interleaver:
             self.hooks.clear()
         try:
             if self._stopped_at is None and not self._run_here():
+                self.check_thread()
                 self.give_turn()
-            for client in sorted(self._waiting, key=self._order.__getitem__):
-                client.missed(self.missing(client, self._waiting.pop(client)))
+            if self._waiting:
+                for client in sorted(self._waiting, key=self._order.__getitem__):
+                    client.missed(self.missing(client, self._waiting.pop(client)))
         finally:
             self.end()
 

@@ -74,6 +74,7 @@ class LanguageModel(NNsight):
             tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
         super().__init__(module, aliases)
         self.tokenizer = tokenizer
+        self._longest_fit = 0
 
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
         if not inputs:
@@ -133,16 +134,18 @@ class LanguageModel(NNsight):
         return self._result
 
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
-        device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
-        for name, each in batch.items():
-            if isinstance(each, torch.Tensor) and each.device != device:
-                batch[name] = each.to(device)
+        weight = _first_parameter(self._module)
+        if weight is not None:
+            device = weight.device
+            for name, each in batch.items():
+                if isinstance(each, torch.Tensor) and each.device != device:
+                    batch[name] = each.to(device)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None:
             return Call(self._module, (), {**batch, **kwargs})
         padding = None
         if mask is None or mask.ndim != 2 or bool(mask.all()):
-            self._check_lengths([ids.shape[-1]])
+            self._check_lengths((ids.shape[-1],))
         else:
             self._check_lengths(mask.sum(-1).tolist())
             if not bool(mask[:, -1].all()):
@@ -223,10 +226,27 @@ class LanguageModel(NNsight):
         return {"input_ids": ids, "attention_mask": mask}
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:
+        # Reading a configuration takes longer than one would think, and what has fitted once fits again.
+        longest = max(lengths)
+        if longest <= self._longest_fit:
+            return
         limit = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
         for index, length in enumerate(lengths):
             if isinstance(limit, int) and 0 < limit < length:
                 raise PromptTooLongError(index, length, limit, type(self._module).__name__)
+        self._longest_fit = longest
+
+
+def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first of ``module.parameters()``, without going through all modules for it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:

@@ -142,8 +142,8 @@ class Pass:
             return result(call.function(*call.args, **call.kwargs))
 
         observe = partial(observed_order, root, call.args, call.kwargs)
-        self.interleaver = Interleaver(run, observe, root if call.runs_repeatedly else None)
-        self.forward: ForwardPass = self.interleaver.own()
+        self.forward = ForwardPass(run)
+        self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None)
         self.parts = parts
         self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
