@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.sites import Site
+
+
+#: Which part of a value is to be shown: ``get(whole)`` finds it, ``put(whole, part)`` gives the whole with another.
+View = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 
 
 class Asked:

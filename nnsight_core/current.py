@@ -11,8 +11,7 @@ from typing import Protocol
 
 import torch
 
-from nnsight_core.asked import Asked
-from nnsight_core.proxy import Proxy
+from nnsight_core.asked import Asked, View
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
 
@@ -38,8 +37,8 @@ class OpenTrace(Protocol):
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
 
-    def ask(self, asked: Asked) -> Proxy:
-        """The value asked for, present or pending."""
+    def ask(self, asked: Asked, view: View | None = None) -> Any:
+        """The value asked for, or the part of it that ``view`` shows, present or pending."""
 
 
 _CAN_BE_LEFT = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from nnsight_core.arguments import apply
-from nnsight_core.asked import Asked
+from nnsight_core.arguments import apply, is_same_value
+from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope
@@ -141,7 +141,10 @@ class Envoy:
         envoy = self
         for name in path.split(".") if path else ():
             child = envoy._module._modules.get(name)
-            if name in envoy._names:
+            known = envoy._children.get(name)
+            if known is not None and known._module is child and name not in envoy._names:
+                envoy = known
+            elif name in envoy._names:
                 envoy = envoy._root_envoy().get(envoy._names[name])
             elif child is not None:
                 envoy = envoy._child(name, child)
@@ -215,11 +218,22 @@ class Envoy:
         """
         return self._trace(asked).scope
 
-    def read(self, kind: str, label: str | None = None, setting: bool = False, site: Site | None = None) -> Any:
+    def read(
+        self,
+        kind: str,
+        label: str | None = None,
+        setting: bool = False,
+        site: Site | None = None,
+        view: View | None = None,
+    ) -> Any:
         """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
 
-        ``label`` is how errors are to call it, ``setting`` says that it is asked for to be set, and ``site`` is the
-        user's line, if that is known.
+        Args:
+            kind: which value.
+            label: how errors are to call it.
+            setting: it is asked for to be set.
+            site: the user's line, if that is known.
+            view: shows a part of the value in its place.
 
         Raises:
             NoTraceError: no trace of the model is open here.
@@ -231,7 +245,8 @@ class Envoy:
         if trace is None:
             raise NoTraceError(label, user_site())
         step = None if self._is_result else trace.step_of(module)
-        return trace.ask(Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting))
+        asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting)
+        return trace.ask(asked, view)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
@@ -241,7 +256,10 @@ class Envoy:
         """
         if value is None:
             raise ValueError(f"{label or self._label(kind)} cannot be set to None: torch takes a None from a hook for 'no change'.")
-        current = self.read(kind, label, setting=True)
+        current = self.read(kind, label, True, user_site())
+        if is_same_value(current, value):
+            # After `module.output += x` Python sets the very proxy that was read and changed.
+            return
         # isinstance() would look at a pending value, and that starts the model.
         if kind == "input":
             current.set_call(value)

@@ -87,13 +87,13 @@ class LanguageModel(NNsight):
                 "    with model.trace([first_prompt, second_prompt]): ..."
             )
         given = inputs[0]
-        if isinstance(given, Mapping):
-            return self._batch_call({**given}, kwargs)
         if isinstance(given, torch.Tensor):
             ids = given if given.ndim > 1 else given[None]
             if not ids.numel():
                 raise EmptyPromptError(0, len(ids))
             return self._batch_call({"input_ids": ids}, kwargs)
+        if isinstance(given, Mapping):
+            return self._batch_call({**given}, kwargs)
         rows = self._token_rows(given, options)
         return self._batch_call(self._padded(rows), kwargs)
 

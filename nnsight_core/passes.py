@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nnsight_core.asked import Asked
+from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
-from nnsight_core.events import Event
+from nnsight_core.events import Event, Origin
 from nnsight_core.gradients import GradientTape
 from nnsight_core.interleaver import ForwardPass, Interleaver
 from nnsight_core.live import LiveClient
@@ -94,15 +94,18 @@ class Part:
         step = self.step_of(module) + 1
         self._steps_of = {**(self._steps_of or {}), module: step}
 
-    def ask(self, asked: Asked) -> Proxy:
-        """The value asked for: present if this body runs live, else pending."""
+    def ask(self, asked: Asked, view: View | None = None) -> Any:
+        """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
         if self.live is None:
             assert self.tape is not None
-            return self.tape.ask(asked)
-        return self.proxy(self.live.ask(asked))
+            whole = self.tape.ask(asked)
+            return whole if view is None else whole.as_part(*view)
+        return self.proxy(self.live.ask(asked), view)
 
-    def proxy(self, event: Event) -> Proxy:
-        """The proxy of what ``event`` gives, cut to this body's rows."""
+    def proxy(self, event: Event, view: View | None = None) -> Any:
+        """The proxy of what ``event`` gives, cut to this body's rows, or of the part that ``view`` shows."""
+        if view is not None:
+            return self._part(event, *view)
         is_call, rows = event.kind != "output", self.rows
         if rows is None:
             return self.scope.proxy(event.value, event, is_call, event.site)
@@ -111,6 +114,14 @@ class Part:
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             event.write(rows.put(event.value, part))
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
+
+    def _part(self, event: Event, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        if self.rows is not None:
+            return self.proxy(event).as_part(get, put)
+        # The whole value has no proxy that anybody could have, so none is made for it.
+        read, write = event.read, event.write
+        origin = Origin(event, lambda: get(read()), lambda part: write(put(read(), part)))
+        return self.scope.wrap(get(event.value), origin, event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")

@@ -341,7 +341,7 @@ class Proxy(Operators, Appearance):
         return apply(function, *args)
 
     def _operate_in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
-        tape = pending_tape((self, other))
+        tape = self._tape if self._value is PENDING else pending_tape(other)
         if tape is not None and self._can_wait(tape, True):
             return tape.record(function, self, other)
         other = unwrap(other)

@@ -170,12 +170,14 @@ class Scope:
         if self._gradients is not None:
             self._gradients.give_up()
 
-    def wrap(self, value: Any, origin: Origin | None = None) -> Any:
+    def wrap(self, value: Any, origin: Origin | Event | None = None, site: Site | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
+        if type(value) is torch.Tensor:
+            return self._enter(_alias(TensorProxy, value), value, origin, site)
         if issubclass(type(value), Proxy) or callable(value):
             return value
         as_plain = as_plain_result(value)
-        return self.proxy(value, origin) if as_plain is NotImplemented else as_plain
+        return self.proxy(value, origin, site=site) if as_plain is NotImplemented else as_plain
 
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -66,18 +66,18 @@ class Tracer:
         if self._has_input:
             try:
                 part = Part(self._root, self._prepare())
-                self._begin(part)
+                self._begin(part, sys._getframe(1))
                 self._start_pass(part)
             except BaseException:
                 self._close()
                 raise
         return self
 
-    def _begin(self, part: Part) -> None:
+    def _begin(self, part: Part, frame: FrameType) -> None:
         self._gathered.append(part)
         self._parts.append(part)
         self._current = part
-        opened(part, user_frame())
+        opened(part, user_frame(frame))
 
     def _start_pass(self, live: Part | None) -> None:
         parts, self._gathered = self._gathered, []
@@ -188,7 +188,7 @@ class Tracer:
         assert self._prepare is not None
         part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
         part.record(self)
-        self._begin(part)
+        self._begin(part, sys._getframe(2))
 
     def _exit_invoke(self, failed: bool) -> None:
         part, self._current = self._current, None
