@@ -164,15 +164,19 @@ class LanguageModel(NNsight):
         tokens = [{k: v for k, v in call.kwargs.items() if k in _TOKEN_INPUTS} for call in calls]
         if any("input_ids" not in each for each in tokens):
             return super()._combine(calls)
-        longest = max(each["input_ids"].shape[-1] for each in tokens)
+        lengths = [each["input_ids"].shape[-1] for each in tokens]
+        longest = max(lengths)
         counted = any("position_ids" in each for each in tokens)
-        for each in tokens:
+        # Prompts of one length that came without a mask need none together either, and the model is faster without.
+        masked = counted or min(lengths) < longest or any("attention_mask" in each for each in tokens)
+        for each, length in zip(tokens, lengths, strict=True) if masked else ():
             each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
             if counted:
                 each.setdefault("position_ids", (each["attention_mask"].cumsum(-1) - 1).clamp(min=0))
-            fillers = {"input_ids": self._filler()}
-            for name, value in each.items():
-                each[name] = torch.nn.functional.pad(value, (longest - value.shape[-1], 0), value=fillers.get(name, 0))
+            if length < longest:
+                for name, value in each.items():
+                    filler = self._filler() if name == "input_ids" else 0
+                    each[name] = torch.nn.functional.pad(value, (longest - length, 0), value=filler)
         others = [{k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS} for call in calls]
         first, sizes = calls[0], [len(each["input_ids"]) for each in tokens]
         call = self._batch_call(joined(tokens), joined(others))

@@ -66,7 +66,7 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
-        self.scope.inputs = {} if call is None else call.kwargs
+        self.scope.give_inputs({} if call is None else call.kwargs)
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -110,7 +110,7 @@ class Part:
         if rows is None:
             return self.scope.proxy(event.value, event, is_call, event.site)
         part = rows.take(event.value)
-        if self._wants_gradients() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._wants_gradients():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             event.write(rows.put(event.value, part))
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
@@ -131,7 +131,7 @@ class Part:
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.inputs = batch.kwargs if self.rows is None else self.rows.take(batch.kwargs)
+        self.scope.give_inputs(batch.kwargs, self.rows)
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]

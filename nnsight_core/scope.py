@@ -13,12 +13,14 @@ from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
 from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
+from nnsight_core.rows import Rows
 from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_argument
 
 _set = object.__setattr__
 _EMPTY = torch.empty(0)
+_NO_INPUTS: Mapping[str, Any] = {}
 
 
 class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's operations are meant to hide the tensor's
@@ -76,6 +78,8 @@ def _alias(kind: type[Any], value: Any) -> Any:
 
 
 def _empty(kind: type[Any]) -> Any:
+    if not torch._C._len_torch_dispatch_stack():
+        return torch.Tensor._make_subclass(kind, _EMPTY)
     with _disable_current_modes():
         return torch.Tensor._make_subclass(kind, _EMPTY)
 
@@ -93,10 +97,11 @@ class Scope:
 
     __slots__ = (
         "_gradients",
+        "_inputs",
         "_limit",
         "_made",
+        "_rows",
         "gradient_tape",
-        "inputs",
         "is_cut",
         "open",
         "padding",
@@ -111,14 +116,26 @@ class Scope:
         #: Makes what records gradients; they are recorded by something that itself knows scopes.
         self.gradient_tape: Callable[[Scope], Any] | None = None
         self._gradients: Any = None
-        #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
-        self.inputs: Mapping[str, Any] = {}
+        self._inputs: Mapping[str, Any] = _NO_INPUTS
+        self._rows: Rows | None = None
+        #: How many padding tokens stand left of each prompt; how long the padded prompts are.
         self.padding: Sequence[int] | None = None
         self.prompt_length = 0
         #: Values are rows of a larger batch.
         self.is_cut = False
         #: Until the batch is put together, what is asked of the input is recorded here.
         self.tape: Any = None
+
+    def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None) -> None:
+        """Say what the model is called with, and which rows of it belong here."""
+        self._inputs, self._rows = inputs, rows
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The model's arguments by name."""
+        if self._rows is not None:
+            self._inputs, self._rows = self._rows.take(self._inputs), None
+        return self._inputs
 
     def given(self, name: str, otherwise: Callable[[Scope], Any] | None = None) -> Any:
         """An argument of the model's; pending until the batch is put together."""
@@ -182,7 +199,7 @@ class Scope:
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
-        self.inputs = {}
+        self._inputs, self._rows = _NO_INPUTS, None
         self.tape = None
         if self._gradients is not None:
             self._gradients.drop()
