@@ -255,7 +255,9 @@ class Envoy:
         call and anything else its first argument.
         """
         if value is None:
-            raise ValueError(f"{label or self._label(kind)} cannot be set to None: torch takes a None from a hook for 'no change'.")
+            raise ValueError(
+                f"{label or self._label(kind)} cannot be set to None: torch takes a None from a hook for 'no change'."
+            )
         current = self.read(kind, label, True, user_site())
         if is_same_value(current, value):
             # After `module.output += x` Python sets the very proxy that was read and changed.

@@ -90,9 +90,7 @@ class Interleaver:
     _failure: BaseException | None = None
     _somebody_missed = False
 
-    def __init__(
-        self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None
-    ) -> None:
+    def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
         self._forward = weakref.ref(forward)
         self._observe: Callable[[], Order] | None = observe
         self._body = getcurrent()

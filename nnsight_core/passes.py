@@ -188,14 +188,14 @@ class Pass:
         """Run to the end; gives the bodies that could not be done in this pass."""
         try:
             self.interleaver.finish()
+            undone = {part: client for part, client in self._by_part.items() if not client.done}
+            if self.interleaver.stopped_at is not None:
+                for client in undone.values():
+                    if client.waits_for is not None:
+                        raise self.interleaver.missing(client, client.waits_for)
+            return list(undone)
         finally:
             self._drop()
-        undone = {part: client for part, client in self._by_part.items() if not client.done}
-        if self.interleaver.stopped_at is not None:
-            for client in undone.values():
-                if client.waits_for is not None:
-                    raise self.interleaver.missing(client, client.waits_for)
-        return list(undone)
 
     def unwind(self) -> None:
         """Leave the pass where it stands."""
@@ -211,3 +211,6 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
+        # Those who run tapes know one another, and the collector alone could take that apart.
+        self._clients.clear()
+        self._by_part.clear()

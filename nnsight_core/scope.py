@@ -209,7 +209,9 @@ class Scope:
             if proxy is None:
                 continue
             _set(proxy, "_origin", None)
-            if proxy._live is not None:
+            if proxy._tape is not None:
+                # A tape and the proxies of its steps hold one another.
+                _set(proxy, "_tape", None)
                 _set(proxy, "_live", None)
             saved = proxy._saved
             if self.is_cut and saved:
