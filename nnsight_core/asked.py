@@ -11,7 +11,6 @@ from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.sites import Site
 
-
 #: Which part of a value is to be shown: ``get(whole)`` finds it, ``put(whole, part)`` gives the whole with another.
 View = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 

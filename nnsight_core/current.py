@@ -7,7 +7,7 @@ import sys
 import weakref
 from contextvars import ContextVar
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 

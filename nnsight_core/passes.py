@@ -18,7 +18,6 @@ from nnsight_core.gradients import GradientTape
 from nnsight_core.interleaver import ForwardPass, Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
-from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from nnsight_core.tape import Recorder, Tape, TapeClient

@@ -138,7 +138,7 @@ def test_a_model_is_gone_when_it_is_deleted_without_the_garbage_collector() -> N
             hidden = model.mlps_output[1].save()
         with model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2) as tracer:
             kept = [model.logits.save() for _ in tracer.iter[:]]
-        del model
+        del model, tracer
         assert root() is None and module() is None
         assert hidden.shape[:2] == (1, 3) and len(kept) == 2
     finally:
