@@ -1,6 +1,6 @@
 """A live tracing core: read and set the values inside any PyTorch module while it runs."""
 
-from nnsight_core.arguments import apply, save
+from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
@@ -10,17 +10,22 @@ from nnsight_core.errors import (
     ModelNotFoundError,
     ModuleNotRunError,
     NNsightError,
+    NoSuchEntryError,
     NoSuchModuleError,
     NoTraceError,
+    OptionError,
     OrderError,
     OutOfOrderError,
     PromptTooLongError,
     RecordingError,
     ReleasedValueError,
+    RemoteError,
+    RenameError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
 )
+from nnsight_core.keeping import log, save
 from nnsight_core.language_model import LanguageModel
 from nnsight_core.model import NNsight
 from nnsight_core.proxy import Proxy
@@ -33,19 +38,24 @@ __all__ = [
     "GradientError",
     "InputError",
     "LanguageModel",
+    "log",
     "MissingInputError",
     "ModelNotFoundError",
     "ModuleNotRunError",
     "NNsight",
     "NNsightError",
+    "NoSuchEntryError",
     "NoSuchModuleError",
     "NoTraceError",
+    "OptionError",
     "OrderError",
     "OutOfOrderError",
     "PromptTooLongError",
     "Proxy",
     "RecordingError",
     "ReleasedValueError",
+    "RemoteError",
+    "RenameError",
     "save",
     "StepNotRunError",
     "Tracer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
-from nnsight_core.errors import NoSuchModuleError, NoTraceError
+from nnsight_core.errors import NoSuchEntryError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
+from nnsight_core.tree_text import tree_text
 from nnsight_core.values import fitting
 
 Names = Mapping[str, str]
@@ -162,7 +163,10 @@ class Envoy:
             if numbered is not None:
                 return self._child(name, numbered)
         children = list(self._module._modules.items())
-        chosen = children[key]
+        try:
+            chosen = children[key]
+        except IndexError:
+            raise NoSuchEntryError(int(key), self._described(), len(children)) from None  # type: ignore[arg-type]
         if isinstance(chosen, list):
             return [self._child(name, module) for name, module in chosen if module is not None]
         name, module = chosen
@@ -175,10 +179,40 @@ class Envoy:
         return True
 
     def __iter__(self) -> Iterator[Envoy]:
-        return (self._child(name, module) for name, module in self._module._modules.items() if module is not None)
+        return iter(self.children())
+
+    def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
+        """Every module from here on down, itself included, each once: ``(name, envoy)``, names as in torch.
+
+        >>> [name for name, _ in model.named_modules(lambda each: each.path.endswith("mlp"))]  # doctest: +SKIP
+
+        Args:
+            include_fn: gives True for the envoys that are wanted; None for all.
+        """
+        found = self._walk("", set())
+        return [(name, envoy) for name, envoy in found if include_fn is None or include_fn(envoy)]
+
+    def modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[Envoy]:
+        """The envoys of :meth:`named_modules`, without their names."""
+        return [envoy for _, envoy in self.named_modules(include_fn)]
+
+    def named_children(self) -> list[tuple[str, Envoy]]:
+        """The modules directly below this one: ``(name, envoy)``."""
+        return [(name, self._child(name, each)) for name, each in self._module._modules.items() if each is not None]
+
+    def children(self) -> list[Envoy]:
+        """The envoys of :meth:`named_children`, without their names."""
+        return [envoy for _, envoy in self.named_children()]
+
+    def _walk(self, name: str, seen: set[torch.nn.Module]) -> Iterator[tuple[str, Envoy]]:
+        if self._module not in seen:
+            seen.add(self._module)
+            yield name, self
+            for child, envoy in self.named_children():
+                yield from envoy._walk(f"{name}.{child}" if name else child, seen)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or hasattr(type(self), name) or name in _annotations(type(self)):
+        if name.startswith("_") or hasattr(type(self), name) or name in annotations_of(type(self)):
             object.__setattr__(self, name, value)
         elif isinstance(value, torch.nn.Module):
             setattr(self._module, name, value)
@@ -193,7 +227,7 @@ class Envoy:
         return sorted({*object.__dir__(self), *self._names, *dir(self._module)})
 
     def __repr__(self) -> str:
-        return repr(self._module)
+        return tree_text(self._module, self._path, self._tree.aliases)
 
     def _described(self) -> str:
         name = type(self._module).__name__
@@ -310,9 +344,10 @@ class Envoy:
         else:
             self.write("output", value, label)
 
-    def next(self) -> Envoy:
+    def next(self, increment: int = 1) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""
-        self._trace(self._label("next()")).next_step_of(self._module)
+        label = self._label("next()")
+        self._trace(label).next_step_of(self._module, increment, label)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -320,5 +355,6 @@ class Envoy:
         return apply(self._module, *args, **kwargs)
 
 
-def _annotations(kind: type) -> set[str]:
+def annotations_of(kind: type) -> set[str]:
+    """The attributes that a class and its bases declare."""
     return {name for each in kind.__mro__ for name in inspect.get_annotations(each)}

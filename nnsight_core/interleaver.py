@@ -41,6 +41,9 @@ class _Unwind(BaseException):
 class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types for its class
     """The coroutine in which the model runs."""
 
+    #: What the call gave, once it has ended by itself.
+    result: Any = None
+
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call: Callable[[], Any] | None = call
 
@@ -49,7 +52,7 @@ class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types fo
         call, self._call = self._call, None
         assert call is not None
         try:
-            call()
+            self.result = call()
         except _Unwind:
             return
 
@@ -286,17 +289,20 @@ class Interleaver:
             self.give_turn(_Unwind())
         self.end()
 
-    def finish(self) -> None:
+    def finish(self, counts: bool = False) -> None:
         """Let the forward pass run to its end, and all clients have their turns.
+
+        Args:
+            counts: somebody wants to know how often the model ran.
 
         Raises:
             Exception: whatever the model raises on the way.
             OrderError: a client waits for what did not come.
         """
-        if not self._waiting and not self._observers:
+        if not self._waiting and not self._observers and not counts:
             self.hooks.clear()
         try:
-            if self._stopped_at is None and not self._run_here():
+            if self._stopped_at is None and (counts or not self._run_here()):
                 self.check_thread()
                 self.give_turn()
             if self._waiting:
