@@ -3,12 +3,14 @@
 from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    EditError,
     EmptyPromptError,
     GradientError,
     InputError,
     MissingInputError,
     ModelNotFoundError,
     ModuleNotRunError,
+    NameTakenError,
     NNsightError,
     NoSuchModuleError,
     NoTraceError,
@@ -28,6 +30,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "EditError",
     "EmptyPromptError",
     "Envoy",
     "GradientError",
@@ -36,6 +39,7 @@ __all__ = [
     "MissingInputError",
     "ModelNotFoundError",
     "ModuleNotRunError",
+    "NameTakenError",
     "NNsight",
     "NNsightError",
     "NoSuchModuleError",

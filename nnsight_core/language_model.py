@@ -97,7 +97,9 @@ class LanguageModel(NNsight):
         rows = self._token_rows(given, options)
         return self._batch_call(self._padded(rows), kwargs)
 
-    def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+    def generate(
+        self, *inputs: Any, trace: bool = True, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Open a trace of a generation: the model is run once for the prompt and once for each further token.
 
         >>> from nnsight_core import LanguageModel
@@ -111,10 +113,13 @@ class LanguageModel(NNsight):
 
         Args:
             inputs: the prompts, as for :meth:`trace`; none if they come from invokes.
+            trace: ``False`` generates at once, without a block, and gives the plain tokens.
             invoker_args: options for the tokenizer.
             kwargs: any arguments of transformers' ``generate``.
         """
         prepare = partial(self._prepare_generation, options=dict(invoker_args or {}), generation=unwrap(kwargs))
+        if not trace:
+            return self._run(prepare(*inputs))
         if not inputs:
             return Tracer(self, prepare, self._combine, self._result, has_input=False)
         return Tracer(self, partial(prepare, *inputs), self._combine, self._result, has_input=True)

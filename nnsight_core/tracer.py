@@ -12,6 +12,8 @@ import torch
 from nnsight_core.arguments import save
 from nnsight_core.cache import Cache, CacheOptions
 from nnsight_core.current import closed, opened
+from nnsight_core.edit_runs import EditRuns
+from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
 from nnsight_core.passes import Call, Part, Pass
@@ -53,6 +55,7 @@ class Tracer:
         self._combine = combine
         self._has_input = has_input
         self._result = result
+        self._edits = EditRuns(model._tree, self) if model._tree.edits else None
         #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
@@ -62,6 +65,7 @@ class Tracer:
             raise RuntimeError("This trace is open already. Call .trace(...) again for another one.")
         if self._prepare is None:
             raise RuntimeError("This trace has been run. Call .trace(...) again for another one.")
+        check_not_in_its_edit(self._model._tree)
         self._entered = True
         if self._has_input:
             try:
@@ -74,6 +78,7 @@ class Tracer:
         return self
 
     def _begin(self, part: Part, frame: FrameType) -> None:
+        part.edits = self._edits
         self._gathered.append(part)
         self._parts.append(part)
         self._current = part
@@ -100,7 +105,7 @@ class Tracer:
     def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
         self.forward_passes += 1
         self._batch = batch
-        self._pass = Pass(batch, parts, self._root, self._result._module)
+        self._pass = Pass(batch, parts, self._root, self._result._module, self._edits)
         self._pass.start(live)
 
     def _finish_pass(self) -> None:
@@ -137,6 +142,8 @@ class Tracer:
 
     def _check_parts(self) -> None:
         """Nothing asked for is silently not done."""
+        if self._edits is not None and not self._stopped:
+            self._edits.check()
         for part in self._parts:
             part.scope.check_gradients()
             for cache, _ in part.caches if not self._stopped else ():
@@ -153,6 +160,8 @@ class Tracer:
             for part in self._parts:
                 closed(part)
                 part.scope.close()
+            if self._edits is not None:
+                self._edits.close()
             self._parts = []
             self._gathered = []
             self._current = None
