@@ -143,7 +143,7 @@ class Edit(Tape):
 
     def abandon(self) -> None:
         """Nothing more is written."""
-        self._is_open = False
+        self._is_open = self.scope.open = False
         self.scope.tape = None
 
     def _numbered(self, value: Any) -> Any:

@@ -385,6 +385,34 @@ def test_a_later_edit_uses_a_value_of_an_earlier_one(model: NNsight, module: Any
         alone(X)
 
 
+def test_a_module_of_ones_own_takes_the_value_of_an_edit(model: NNsight, module: Any) -> None:
+    probe = torch.nn.Linear(3, 2).double()
+    with model.edit() as edited:
+        hidden = edited.one.output.save()
+    with edited.trace(X):
+        edited.two.output.save()
+        scores = probe(hidden).save()
+        more = (scores * 2).sum().save()
+    assert torch.equal(scores, probe(module.one(X))) and torch.equal(more, (probe(module.one(X)) * 2).sum())
+    assert torch.equal(probe(hidden), probe(module.one(X)))
+
+
+def test_invokes_that_take_two_passes_have_the_edit_in_both(model: NNsight, module: Any) -> None:
+    with model.edit() as edited:
+        edited.one.output[:] *= 0.5
+        hidden = edited.one.output.save()
+    with edited.trace() as tracer:
+        with tracer.invoke(X):
+            late = edited.output.save()
+        with tracer.invoke(X):
+            edited.one.output[:, :] += late[:, :3]
+            result = edited.output.save()
+    assert tracer.forward_passes == 2
+    torch.testing.assert_close(late.value, plain(module, X))
+    torch.testing.assert_close(result.value, module.head(module.two(module.one(X) * 0.5 + plain(module, X)[:, :3])))
+    torch.testing.assert_close(hidden.value, (module.one(X) * 0.5).expand(2, 3))
+
+
 # Mistakes.
 
 
