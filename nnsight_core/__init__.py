@@ -3,12 +3,14 @@
 from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    EditError,
     EmptyPromptError,
     GradientError,
     InputError,
     MissingInputError,
     ModelNotFoundError,
     ModuleNotRunError,
+    NameTakenError,
     NNsightError,
     NoSuchEntryError,
     NoSuchModuleError,
@@ -33,6 +35,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "EditError",
     "EmptyPromptError",
     "Envoy",
     "GradientError",
@@ -42,6 +45,7 @@ __all__ = [
     "MissingInputError",
     "ModelNotFoundError",
     "ModuleNotRunError",
+    "NameTakenError",
     "NNsight",
     "NNsightError",
     "NoSuchEntryError",

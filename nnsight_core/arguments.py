@@ -129,14 +129,34 @@ def frozen(value: Any) -> Any:
 
     Large tensors are kept as they are; that they have been changed is noticed when they are used.
     """
+    return mapped(value, _frozen)
+
+
+def _frozen(value: Any) -> Any:
+    if issubclass(type(value), Standin):
+        return value._tape.standing(value) if value._value is PENDING else value
+    return copied_if_small(value)
+
+
+def copied_if_small(value: Any) -> Any:
+    """A copy of a tensor that is not too large for one; anything else as it is."""
+    return value.clone() if type(value) is torch.Tensor and value.numel() <= _SMALL else value
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to everything inside containers of any kind; the containers are new ones."""
     kind = type(value)
-    if kind is torch.Tensor and value.numel() <= _SMALL:
-        return value.clone()
+    if issubclass(kind, (Standin, *_LEAVES)):
+        return change(value)
     if kind is list or kind is tuple:
-        return kind([frozen(entry) for entry in value])
+        return kind([mapped(entry, change) for entry in value])
     if kind is dict:
-        return {key: frozen(entry) for key, entry in value.items()}
-    return value
+        return {key: mapped(entry, change) for key, entry in value.items()}
+    if kind is slice:
+        return slice(*(mapped(each, change) for each in (value.start, value.stop, value.step)))
+    if issubclass(kind, (tuple, list, Mapping)) or is_dataclass_value(value):
+        return rebuilt(value, lambda entry: mapped(entry, change))
+    return change(value)
 
 
 def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

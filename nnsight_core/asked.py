@@ -8,11 +8,13 @@ from typing import Any, Protocol
 import torch
 
 from nnsight_core.errors import NNsightError
-from nnsight_core.events import Event
+from nnsight_core.events import Event, PastEvent
+from nnsight_core.rows import Rows
 from nnsight_core.sites import Site
 
-#: Which part of a value is to be shown: ``get(whole)`` finds it, ``put(whole, part)`` gives the whole with another.
-View = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
+#: Which part of a value is to be shown: ``get(whole, scope)`` finds it, given the scope of the trace that it is in;
+#: ``put(whole, part)`` gives the whole with another part.
+View = tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]
 
 
 class Asked:
@@ -68,6 +70,13 @@ class Client(Protocol):
 
     #: The last value that it got.
     last_read: Asked | None
+    #: The rows of the batch that are its own; None if all are.
+    rows: Rows | None
+    #: What the calls gave that it made itself with ``hook=True``.
+    given: dict[tuple[torch.nn.Module, str], PastEvent]
+
+    def keeps(self, module: torch.nn.Module, kind: str) -> bool:
+        """Whether it may yet ask for what such a call gives."""
 
     def advance(self, event: Event) -> None:
         """``event`` is what the client waits for: do what is to be done with it, and wait for the next, or not."""

@@ -11,7 +11,6 @@ import torch
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import ModuleNotRunError, NoSuchModuleError, OptionError
 from nnsight_core.hooks import collecting
-from nnsight_core.rows import Rows
 from nnsight_core.sites import Site
 from nnsight_core.values import first_argument, map_tensors
 
@@ -174,8 +173,8 @@ class Cache:
             for kind in self._options.kinds:
                 yield envoy._module, kind
 
-    def recorder(self, rows: Rows | None, in_steps: bool) -> Callable[[torch.nn.Module, str, Any], None]:
-        """What notes values as they come: of these rows of the batch, in a pass that has steps or not."""
+    def recorder(self, in_steps: bool) -> Callable[[torch.nn.Module, str, Any], None]:
+        """What notes values as they come, in a pass that has steps or not."""
         paths = {envoy._module: envoy.path for envoy in self._chosen}
         # Where a batch has to go through the model again, it is the last time that counts.
         self._entries.clear()
@@ -183,7 +182,7 @@ class Cache:
         def record(module: torch.nn.Module, kind: str, value: Any) -> None:
             path = paths[module]
             entry = self._entries.setdefault(path, CacheEntry(path or "model", always_list=in_steps))
-            entry.calls[kind].append(map_tensors(self._options.kept, value if rows is None else rows.take(value)))
+            entry.calls[kind].append(map_tensors(self._options.kept, value))
 
         return record
 

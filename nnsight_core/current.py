@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from nnsight_core.asked import Asked, View
+from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
 
@@ -39,6 +41,12 @@ class OpenTrace(Protocol):
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part of it that ``view`` shows, present or pending."""
+
+    def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` on the values of proxies, now or when they arrive."""
+
+    def edited_value(self, edit: Any, number: int) -> Proxy | None:
+        """What a step of an edit gives in this trace; None if the trace does not make this edit."""
 
 
 _CAN_BE_LEFT = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
-from nnsight_core.errors import NoSuchEntryError, NoSuchModuleError, NoTraceError
-from nnsight_core.scope import Scope
+from nnsight_core.edits import Edits
+from nnsight_core.errors import NameTakenError, NoSuchEntryError, NoSuchModuleError, NoTraceError
+from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
 from nnsight_core.tree_text import tree_text
 from nnsight_core.values import fitting
@@ -33,6 +35,8 @@ class Tree:
     def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
         self.root = root
         self.aliases = dict(aliases or {})
+        #: What is done in every trace, in this order.
+        self.edits = Edits()
         self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
 
@@ -47,13 +51,19 @@ class Tree:
             found = self._ancestors[module] = self._collect(module)
         return found
 
+    def twin(self) -> Tree:
+        """The same modules under the same names, with edits of their own from here on."""
+        twin = copy.copy(self)
+        twin.aliases = dict(self.aliases)
+        return twin
+
     def forget(self) -> None:
         """The tree has changed: work out anew who calls whom."""
         self._parents.clear()
         self._ancestors.clear()
 
     def _index(self) -> None:
-        self._parents = {}
+        self._parents.clear()
         for parent in self.root.modules():
             for child in parent.children():
                 self._parents.setdefault(child, []).append(parent)
@@ -212,16 +222,38 @@ class Envoy:
                 yield from envoy._walk(f"{name}.{child}" if name else child, seen)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or hasattr(type(self), name) or name in annotations_of(type(self)):
+        # isinstance() would look at a pending value.
+        if issubclass(type(value), torch.nn.Module) and not name.startswith("_"):
+            self._add(name, value)
+        elif name.startswith("_") or hasattr(type(self), name) or name in annotations_of(type(self)):
             object.__setattr__(self, name, value)
-        elif isinstance(value, torch.nn.Module):
-            setattr(self._module, name, value)
-            self._tree.forget()
         elif hasattr(self._module, name):
             setattr(self._module, name, value)
         else:
             known = [*self._module._modules, *self._names, "output", "input", "inputs"]
             raise NoSuchModuleError(name, self._described(), known)
+
+    def _add(self, name: str, module: torch.nn.Module) -> None:
+        """Hang ``module`` on this one, as its child ``name``; from then on it is part of the model."""
+        why = ""
+        if hasattr(type(self), name) or name in annotations_of(type(self)):
+            why = "the name stands for something else in a trace."
+        elif name in self._names:
+            why = f"the name stands for the module {self._names[name]} already."
+        elif name not in self._module._modules and hasattr(self._module, name):
+            why = "the module has something else of this name already."
+        if why:
+            raise NameTakenError(name, self._described(), why)
+        setattr(self._module, name, module)
+        self._tree.forget()
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self._module._modules:
+            object.__delattr__(self, name)
+            return
+        delattr(self._module, name)
+        self._children.pop(name, None)
+        self._tree.forget()
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *self._names, *dir(self._module)})
@@ -350,9 +382,17 @@ class Envoy:
         self._trace(label).next_step_of(self._module, increment, label)
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""
-        return apply(self._module, *args, **kwargs)
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``.
+
+        Nobody takes what it gives for a value of the model's, unless ``hook=True`` says so: then its values and those
+        of its children can be asked for, and set, by everybody who waits for them; and whoever called it may ask for
+        them afterwards.
+        """
+        trace = open_trace(self._tree.root) if hook else None
+        if trace is None:
+            return apply(self._module, *args, **kwargs)
+        return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
 
 
 def annotations_of(kind: type) -> set[str]:

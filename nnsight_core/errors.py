@@ -10,12 +10,14 @@
     ├── GradientError            a gradient that is not there, or cannot be
     ├── NoTraceError             a value was asked for outside a trace
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
+    ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
     ├── NoSuchModuleError        a name that is not in the module tree
     ├── NoSuchEntryError         an index beyond the modules of a list
     ├── RenameError              a new name for a module that fits none, or that is taken
     ├── OptionError              an option that nobody here knows, or that would do nothing
     ├── RemoteError              a trace was to run on another machine
+    ├── NameTakenError           a module cannot be added under a name that means something else
     └── InputError
         ├── MissingInputError    a trace without anything to run on
         ├── EmptyPromptError     a prompt without a token
@@ -70,11 +72,14 @@ class OutOfOrderError(OrderError):
         reached_at: Site | None,
         setting: bool = False,
         runs_inside: bool = False,
+        mend: str = "",
     ) -> None:
         verb = "set" if setting else "asked for"
         what = "after the forward pass had gone by it"
         here = reached_at is not None and reached_at.file == asked_at.file and reached_at.line != asked_at.line
-        if runs_inside:
+        if mend:
+            pass
+        elif runs_inside:
             what = "while its module was running already, outside its own children"
             mend = (
                 f"Ask for {asked.removesuffix('.output')}.input before {reached}; then its output can be had as well."
@@ -85,7 +90,7 @@ class OutOfOrderError(OrderError):
             mend = f"Move line {asked_at.line} above line {reached_at.line}."
         else:
             mend = f"Ask for {asked} before {reached}, and keep it in a variable."
-        rows = [("already read", reached, reached_at), (verb, asked, asked_at)]
+        rows = [("called" if reached == "the call" else "already read", reached, reached_at), (verb, asked, asked_at)]
         super().__init__(
             f"{asked} was {verb} {what}.\n{_table(rows)}\n"
             f"A model gives each value once, in the order it makes them. {mend}"
@@ -169,8 +174,10 @@ class NoTraceError(NNsightError):
 class ReleasedValueError(NNsightError, ValueError):
     """A value was used after its trace had ended, and was not saved or never came."""
 
-    def __init__(self, made_at: Site, never_came: bool = False) -> None:
+    def __init__(self, made_at: Site, never_came: bool = False, of_edit: bool = False) -> None:
         what = "it was not saved, so it was released when its trace ended.", "Keep it with .save() inside the trace."
+        if of_edit:
+            what = "no trace has given it.", "Write .save() in the edit, and run a trace of the edited model first."
         if never_came:
             what = "its trace ended before it came.", "Mend what ended the trace early: an error, or tracer.stop()."
         super().__init__(
@@ -182,12 +189,26 @@ class ReleasedValueError(NNsightError, ValueError):
 class RecordingError(NNsightError):
     """What a script does to a value that has yet to arrive cannot be recorded."""
 
-    def __init__(self, what: str, site: Site) -> None:
-        super().__init__(
-            f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
+    def __init__(self, what: str, site: Site, mend: str = "") -> None:
+        mend = mend or (
             "In an invoke, values arrive when all inputs are there. Look at the value first, value.value: then the\n"
             "body goes on with the value itself."
         )
+        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+
+
+class EditError(NNsightError):
+    """An edit that would be lost, or that cannot be made where it stands."""
+
+    def __init__(self, what: str, site: Site, mend: str) -> None:
+        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+
+
+class NameTakenError(NNsightError, ValueError):
+    """A module cannot be added under a name that means something else."""
+
+    def __init__(self, name: str, parent: str, why: str) -> None:
+        super().__init__(f"No module can be added to {parent} as {name!r}: {why}\nGive it a name of its own.")
 
 
 #: What scripts of other eras ask of a module or of the trace, and how it is written here.

@@ -16,15 +16,17 @@ class Event:
     It is itself the origin of a proxy that shows all of it.
     """
 
-    __slots__ = ("current", "kind", "label", "module", "replaced", "site", "value")
+    __slots__ = ("current", "kind", "label", "module", "replaced", "rows", "site", "value")
 
-    def __init__(self, module: Any, kind: str, label: str, value: Any, site: Site) -> None:
+    def __init__(self, module: Any, kind: str, label: str, value: Any, site: Site, rows: Rows | None = None) -> None:
         self.module = module
         self.kind = kind
         self.label = label
         self.value = value
         self.site = site
         self.replaced = False
+        #: The rows of the batch that it is cut to already; None if it is of all of them.
+        self.rows = rows
         #: The model waits at this event; once it has gone on, nothing can be changed here any more.
         self.current = True
 
@@ -54,6 +56,29 @@ class Event:
         """
         if not self.current:
             raise OutOfOrderError(self.label, user_site(), self.label, self.site, setting=True)
+
+
+class PastEvent(Event):
+    """A value of a call that a script has made itself: it can be read, and not changed any more."""
+
+    __slots__ = ("step",)
+
+    def __init__(self, module: Any, kind: str, value: Any, site: Site, rows: Rows | None, step: int | None) -> None:
+        super().__init__(module, kind, kind, value, site, rows)
+        self.current = False
+        #: The run of the model in which the call was made.
+        self.step = step
+
+    def check_writable(self) -> None:
+        """Raises:
+        OutOfOrderError: always.
+        """
+        raise self.too_late(user_site())
+
+    def too_late(self, site: Site) -> OutOfOrderError:
+        """What is wrong with setting it at the line ``site``."""
+        mend = "The call with hook=True is over: make it in an edit or in another invoke, and set the value here."
+        return OutOfOrderError(self.label, site, "the call", self.site, setting=True, mend=mend)
 
 
 class Origin:

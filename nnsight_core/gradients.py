@@ -6,15 +6,14 @@ is pending until the backward pass reaches ``x``; what is done with it is record
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Callable
-from functools import lru_cache
-from types import CodeType, FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from nnsight_core.arguments import unwrap
+from nnsight_core.bytecode import opens_block
 from nnsight_core.errors import GradientError
 from nnsight_core.events import Event
 from nnsight_core.hooks import on_gradient
@@ -104,7 +103,8 @@ class GradientTape(Tape):
             handle.remove()
         return [proxy for proxy, _ in awaited.values()]
 
-    def _run(self, loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the backward pass, in which what was asked for arrives."""
         try:
             loss.value.backward(*unwrap(args), **unwrap(kwargs))
         finally:
@@ -116,14 +116,19 @@ class GradientTape(Tape):
 
         def run() -> None:
             if loss._is_pending:
-                loss._defer(self._run, args, kwargs)
+                loss._defer(_backward, args, kwargs)
             else:
-                self._run(loss, args, kwargs)
+                self.run(loss, args, kwargs)
 
         if opens_block(user_frame()):
             return BackwardBlock(self, run)
         run()
         return _NoBlock()
+
+
+def _backward(loss: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Whose gradients these are is known by then: an edit is done in many traces.
+    loss._scope.gradients.run(loss, args, kwargs)
 
 
 class BackwardBlock:
@@ -151,21 +156,3 @@ class _NoBlock:
 
     def __exit__(self, *exception: object) -> None:
         return None
-
-
-def opens_block(frame: FrameType) -> bool:
-    """Whether what the frame is calling now is the head of a ``with`` statement."""
-    return any(start <= frame.f_lasti < end for start, end in _block_heads(frame.f_code))
-
-
-@lru_cache(maxsize=256)
-def _block_heads(code: CodeType) -> tuple[tuple[int, int], ...]:
-    # As ranges, for within a call the position may already be that of its inline caches.
-    found = []
-    instructions = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
-    for call, after, then in zip(instructions, instructions[1:], [*instructions[2:], None], strict=False):
-        # Before Python 3.14 one instruction enters a block; since then the methods are looked up one by one.
-        looks_up = after.opname == "COPY" and then is not None and then.opname == "LOAD_SPECIAL"
-        if after.opname in ("BEFORE_WITH", "SETUP_WITH") or looks_up:
-            found.append((call.offset, after.offset))
-    return tuple(found)

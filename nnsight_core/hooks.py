@@ -50,7 +50,7 @@ class HookBoard:
     """
 
     def __init__(self, coroutine: Callable[[], Any], deliver: Deliver) -> None:
-        self._coroutine = coroutine
+        self.coroutine = coroutine
         self._deliver = deliver
         self._key = next(_keys)
         self._armed_last: Iterable[torch.nn.Module] | None = None
@@ -95,7 +95,7 @@ class HookBoard:
 
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
-        if self._may_skip is None or module not in self._may_skip or getcurrent() is not self._coroutine():
+        if self._may_skip is None or module not in self._may_skip or getcurrent() is not self.coroutine():
             return None
         return self._deliver(module, "skip", (args, kwargs))
 
@@ -105,14 +105,14 @@ class HookBoard:
 
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
-        if getcurrent() is not self._coroutine():
+        if getcurrent() is not self.coroutine():
             return None
         changed = self._deliver(module, "output", output)
         return None if changed is None else changed[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         # torch looks up live whether a hook takes kwargs: when another thread takes it off meanwhile, there are none.
-        if kwargs is None or getcurrent() is not self._coroutine():
+        if kwargs is None or getcurrent() is not self.coroutine():
             return None
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
@@ -138,7 +138,7 @@ class HookBoard:
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
-        self._coroutine = self._deliver = _nothing
+        self.coroutine = self._deliver = _nothing
 
 
 class Gate:

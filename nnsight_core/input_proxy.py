@@ -44,6 +44,10 @@ class InputProxy(Proxy):
 
     def set_result(self, value: Any) -> None:
         """Let the call give ``value`` without being made."""
+        tape = pending_tape((self, value))
+        if tape is not None:
+            tape.record(InputProxy.set_result, self, value)
+            return
         place = self._place()
         assert place is not None
         place.write(unwrap(value))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
@@ -27,54 +28,12 @@ from nnsight_core.errors import (
     WrongThreadError,
 )
 from nnsight_core.events import Event
+from nnsight_core.forward_pass import ForwardPass, Unwind
 from nnsight_core.hooks import HookBoard, PlainCalls
+from nnsight_core.observers import Note, Observers
+from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
-
-#: Called with a module, "input" or "output", and the value.
-Observer = Callable[[torch.nn.Module, str, Any], None]
-
-
-class _Unwind(BaseException):
-    """Thrown into a suspended forward pass so that it leaves every block that it is in."""
-
-
-class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types for its class
-    """The coroutine in which the model runs."""
-
-    #: What the call gave, once it has ended by itself.
-    result: Any = None
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call: Callable[[], Any] | None = call
-
-    def run(self) -> None:
-        """Call the model; in the coroutine when it is switched to, or else where the caller stands."""
-        call, self._call = self._call, None
-        assert call is not None
-        try:
-            self.result = call()
-        except _Unwind:
-            return
-
-
-#: Which modules are entered and left, in order, and what stands in the way of being sure.
-Order = tuple[list[tuple[torch.nn.Module, str]], str]
-
-
-def verdict(order: Order, asked: Asked, last: Asked | None) -> str:
-    """Whether the value asked for came ``"before"`` or ``"never"``, or its module was ``"running"`` already when
-    ``last`` was there.
-    """
-    seen, _ = order
-    # A call that could have been skipped came when its input did.
-    kind = "input" if asked.kind == "skip" else asked.kind
-    if (asked.module, kind) not in seen:
-        return "never"
-    if last is None or kind == "input" or (last.module, last.kind) not in seen:
-        return "before"
-    here = seen.index((last.module, last.kind))
-    runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
-    return "running" if runs else "before"
+from nnsight_core.witness import Order, verdict
 
 
 class Interleaver:
@@ -92,6 +51,14 @@ class Interleaver:
     _stopped_at: Site | None = None
     _failure: BaseException | None = None
     _somebody_missed = False
+    #: What runs in the coroutine now is a client's doing and not the model's.
+    _is_aside = False
+    #: How many modules clients have run as the model would, how many of them are under way, whose rows they are given,
+    #: and everything inside them.
+    _calls = 0
+    _calls_under_way = 0
+    _rows: Rows | None = None
+    _called: frozenset[torch.nn.Module] = frozenset()
 
     def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
         self._forward = weakref.ref(forward)
@@ -104,7 +71,9 @@ class Interleaver:
         self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
-        self._observers: dict[tuple[torch.nn.Module, str], list[Observer]] = {}
+        self._observers = Observers()
+        #: Called with the number of each run of the model but the first, when it begins.
+        self.at_steps: list[Callable[[int], None]] = []
         #: The run of the model that has begun last, counted from 0, -1 before the first; None if they are not counted.
         self.step: int | None = None if root is None else -1
         if root is not None:
@@ -115,9 +84,9 @@ class Interleaver:
     def wait(self, client: Client, asked: Asked) -> None:
         """Let ``client`` have its turn when what it asks for is there. It may be there now."""
         # Clients have their turn in the order in which they came to the pass, at every value anew.
-        self._order.setdefault(client, len(self._order))
+        self.enrol(client)
         event = self.event
-        if event is not None and self.fits(asked, event):
+        if event is not None and self.fits(asked, event) and self._is_seen_by(client.rows):
             client.last_read = asked
             client.advance(event)
             return
@@ -127,10 +96,47 @@ class Interleaver:
             self.hooks.watch(each.module, each.kind, each.ancestors)
             each = each.otherwise
 
-    def observe(self, module: torch.nn.Module, kind: str, ancestors: Sequence[torch.nn.Module], note: Observer) -> None:
-        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with."""
-        self._observers.setdefault((module, kind), []).append(note)
+    def enrol(self, client: Client) -> None:
+        """Give ``client`` its place in the order of turns, ahead of all who come later."""
+        self._order.setdefault(client, len(self._order))
+
+    def observe(
+        self,
+        module: torch.nn.Module,
+        kind: str,
+        ancestors: Sequence[torch.nn.Module],
+        note: Note,
+        rows: Rows | None = None,
+    ) -> None:
+        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with; cut to
+        ``rows`` of the batch.
+        """
+        self._observers.add(module, kind, note, rows)
         self.hooks.watch(module, kind, ancestors)
+
+    def ignore(self, module: torch.nn.Module, kind: str, note: Note) -> None:
+        """Tell ``note`` no more."""
+        self._observers.remove(module, kind, note)
+
+    @contextmanager
+    def calling(self, module: torch.nn.Module, rows: Rows | None) -> Iterator[None]:
+        """While it lasts, what is called here counts as called by the model, on ``rows`` of the batch."""
+        self._calls += 1
+        self._called |= frozenset(module.modules())
+        before = self._is_aside, self._rows, self._calls_under_way, self.hooks.coroutine
+        self._is_aside, self._rows, self._calls_under_way = False, rows, self._calls_under_way + 1
+        here = getcurrent()
+        self.hooks.coroutine = lambda: here
+        try:
+            yield
+        except Unwind:
+            # Where the model is not at work there is nothing to unwind, and somebody's mistake is just that.
+            if self._failure is None or here is self._forward():
+                raise
+            failure, self._failure = self._failure, None
+            raise failure from None
+        finally:
+            self._is_aside, self._rows, self._calls_under_way, self.hooks.coroutine = before
 
     def fits(self, asked: Asked, event: Event | None) -> bool:
         """Whether ``event`` is what is asked for."""
@@ -143,43 +149,58 @@ class Interleaver:
     # The model's side.
 
     def _arrived(self, module: torch.nn.Module, kind: str, value: Any) -> tuple[Any] | None:
-        step = self.step
-        clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
+        if self._is_aside:
+            return None
+        clients = self._those_waiting(module, kind)
         if not clients:
             if self._observers:
-                self._observed(module, kind, value)
+                self._observers.tell(module, kind, value, self._rows)
             return None
-        if len(clients) > 1:
-            clients.sort(key=self._order.__getitem__)
         first = self._waiting[clients[0]]
-        self.event = event = Event(module, kind, first.label, value, first.site)
+        outer, calls = self.event, self._calls
+        self.event = event = Event(module, kind, first.label, value, first.site, self._rows)
+        self._is_aside = True
         del value
         try:
-            for client in clients:
+            while clients:
+                client = clients.pop(0)
                 asked = self._waiting.pop(client)
                 event.label, event.site = asked.label, asked.site
                 client.last_read = asked
                 client.advance(event)
-        except _Unwind:
+                if self._calls != calls:
+                    # Inside a module that this client has run, others may have come to this event.
+                    clients, calls = self._those_waiting(module, kind), self._calls
+        except Unwind:
             # A stop here does not take back that the value was there.
-            self._observed(module, kind, event.value)
+            self._observers.tell(module, kind, event.value, self._rows)
             raise
         except Exception as error:
             # The model might catch what a client raises; unwinding cannot be caught by mistake.
             self._failure = error
-            raise _Unwind from error
+            raise Unwind from error
         finally:
             event.current = False
-            self.event = None
+            self.event, self._is_aside = outer, False
         if self._observers:
-            self._observed(module, kind, event.value)
+            self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
         event.value = None
         return changed
 
-    def _observed(self, module: torch.nn.Module, kind: str, value: Any) -> None:
-        for note in self._observers.get((module, kind), ()):
-            note(module, kind, value)
+    def _those_waiting(self, module: torch.nn.Module, kind: str) -> list[Client]:
+        """Who waits for this value, in the order of turns."""
+        step = self.step
+        clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
+        if self._rows is not None:
+            clients = [each for each in clients if self._is_seen_by(each.rows)]
+        if len(clients) > 1:
+            clients.sort(key=self._order.__getitem__)
+        return clients
+
+    def _is_seen_by(self, rows: Rows | None) -> bool:
+        """Whether what runs now is the business of whoever has ``rows`` of the batch."""
+        return self._rows is None or rows is None or rows == self._rows
 
     def hand_over(self) -> None:
         """The model's side: let the body of the live trace have its turn, and come back when it asks for more."""
@@ -194,18 +215,21 @@ class Interleaver:
                 thread_state.leave(guard, now)
 
     def _step_begins(self) -> None:
-        if getcurrent() is not self._forward():
+        if self._is_aside or self._calls_under_way or getcurrent() is not self._forward():
             return
         # Whoever still waits for something in the run before this one waits in vain.
         assert self.step is not None
         late = [c for c, asked in self._waiting.items() if asked.step is not None and asked.step <= self.step]
-        for client in sorted(late, key=self._order.__getitem__):
-            try:
+        try:
+            for client in sorted(late, key=self._order.__getitem__):
                 client.missed(self.missing(client, self._waiting.pop(client)))
-            except Exception as error:
-                self._failure = error
-                raise _Unwind from error
-        self.step += 1
+            self.step += 1
+            # Who does something in each run has asked for the first already.
+            for begin in self.at_steps if self.step else ():
+                begin(self.step)
+        except Exception as error:
+            self._failure = error
+            raise Unwind from error
 
     # The body's side.
 
@@ -264,6 +288,8 @@ class Interleaver:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True
+        if asked.module in self._called and last is not None:
+            return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
         order = ([], "") if self._observe is None else self._observe()
         found = verdict(order, asked, last)
         if found == "running" and last is not None:
@@ -286,7 +312,7 @@ class Interleaver:
         self._waiting.clear()
         if forward is not None and not forward.dead and bool(forward):
             self.check_thread()
-            self.give_turn(_Unwind())
+            self.give_turn(Unwind())
         self.end()
 
     def finish(self, counts: bool = False) -> None:
@@ -328,6 +354,8 @@ class Interleaver:
         self._waiting.clear()
         self._observers.clear()
         self._order.clear()
+        self.at_steps.clear()
+        self._called = frozenset()
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._observe = None
         self.event = None

@@ -182,8 +182,7 @@ class LanguageModel(NNsight):
         generation = without_old_options(unwrap(kwargs), module.generate)
         prepare = partial(self._prepare_generation, *inputs, options=options, generation=generation)
         if not trace:
-            call = prepare()
-            return call.function(*call.args, **call.kwargs)
+            return self._run(prepare())
         keeps_output = not inputs
         return Tracer(
             self, prepare, self._combine, self._result, bool(inputs), in_steps=True, keeps_output=keeps_output

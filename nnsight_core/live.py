@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+
 from nnsight_core.asked import Asked
 from nnsight_core.errors import NNsightError
-from nnsight_core.events import Event
+from nnsight_core.events import Event, PastEvent
+from nnsight_core.hooked_calls import given_before
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.rows import Rows
 
 
 class LiveClient:
     """The body of a trace, which runs where it stands."""
 
+    #: It sees the whole batch.
+    rows: Rows | None = None
+
     def __init__(self, interleaver: Interleaver) -> None:
         self._interleaver = interleaver
         self.last_read: Asked | None = None
+        self.given: dict[tuple[torch.nn.Module, str], PastEvent] = {}
         self._answer: Event | NNsightError | None = None
 
     def ask(self, asked: Asked) -> Event:
@@ -30,6 +38,8 @@ class LiveClient:
         if event is not None and interleaver.fits(asked, event):
             self.last_read = asked
             return event
+        if self.given and (past := given_before(interleaver, self, asked)) is not None:
+            return past
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
         interleaver.check_thread()
@@ -42,6 +52,10 @@ class LiveClient:
         if isinstance(answer, NNsightError):
             raise answer
         return answer
+
+    def keeps(self, module: torch.nn.Module, kind: str) -> bool:
+        """Whether it may yet ask for what a call gives: nobody knows what a body does next."""
+        return True
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from nnsight_core.arguments import unwrap
+from nnsight_core.arguments import apply, unwrap
 from nnsight_core.batching import joined
+from nnsight_core.editor import Editor, EditPart, EditSteps
+from nnsight_core.edits import Edits
 from nnsight_core.envoy import Envoy, Names, Tree, annotations_of
 from nnsight_core.errors import InputError, MissingInputError
 from nnsight_core.options import invoker_options, refuse_options, without_old_options
-from nnsight_core.passes import Call, Result
+from nnsight_core.passes import Call, Part, Result
 from nnsight_core.renames import Rename, check_aliases, plan_renames
+from nnsight_core.steps import Steps
 from nnsight_core.tracer import Tracer
 from nnsight_core.values import NoTensorError, first_tensor
 
@@ -73,6 +76,85 @@ class NNsight(Envoy):
             return aliases or {}
         return plan_renames(rename, modules, taken, aliases)
 
+    def edit(self, name: str = "", *, inplace: bool = False, return_context: bool = False) -> Editor:
+        """Open an edit: what is written in its block is done in every later trace of the edited model.
+
+        The edited model is a copy that shares all modules with this one, and this one stays as it is; unless it is to
+        be changed itself, ``inplace=True``. Edits are done in their order, ahead of the bodies of traces, once for the
+        whole batch and in every run of the model. They hold by way of the wrapper alone: its module stays plain.
+
+        >>> import torch
+        >>> from nnsight_core import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
+        >>> with model.edit() as edited:
+        ...     edited[0].output[:] = 0
+        ...     seen = edited[1].output.save()
+        >>> with edited.trace(torch.ones(1, 4)):
+        ...     result = edited.output.save()
+        >>> torch.equal(result, model[1].bias[None]), torch.equal(seen, result)
+        (True, True)
+
+        Args:
+            name: what to call it in lists.
+            inplace: change this model, and not a copy.
+            return_context: let the block have the editor: alone in place, else with the edited model.
+
+        Raises:
+            EditError: the edited model would be lost.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"edit() takes a name, not {type(name).__name__}: it runs nothing, so it needs no input.")
+        return Editor(self._itself if inplace else self._twin, name, inplace, return_context)
+
+    def _itself(self) -> NNsight:
+        return self
+
+    def _twin(self) -> NNsight:
+        """Another wrapper of the same modules; nothing is loaded or checked anew."""
+        twin = object.__new__(type(self))
+        tree = self._tree.twin()
+        result = ResultEnvoy(self._result._module, "result", tree)
+        twin.__dict__.update(self.__dict__, _tree=tree, _children={}, _result=result)
+        return twin
+
+    @property
+    def edits(self) -> Edits:
+        """The edits of this model, in order; their text shows the lines that they were written in."""
+        return self._tree.edits
+
+    def clear_edits(self) -> None:
+        """Take back all edits of this model."""
+        self._tree.edits = Edits()
+
+    @property
+    def iter(self) -> Any:
+        """The generation steps of the trace or edit that is open here, as ``tracer.iter``."""
+        here = self._trace("model.iter")
+        if isinstance(here, EditPart):
+            return EditSteps(here)
+        assert isinstance(here, Part)
+        return Steps(here, self._result, self._module)
+
+    def all(self) -> Iterator[Any]:
+        """All generation steps of the trace or edit that is open here, as ``tracer.all()``."""
+        return iter(self.iter[:])
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Run the model, its edits included."""
+        if hook or not self._tree.edits:
+            return super().__call__(*args, hook=hook, **kwargs)
+        return apply(self._run_edited, *args, **kwargs)
+
+    def _run_edited(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(Call(self._module, args, kwargs))
+
+    def _run(self, call: Call) -> Any:
+        """Make the call plainly, the edits included."""
+        if not self._tree.edits:
+            return call.function(*call.args, **call.kwargs)
+        with Tracer(self, lambda: call, self._combine, self._result, has_input=True, in_steps=call.runs_repeatedly):
+            return self._result.output.value
+
     def trace(
         self,
         *inputs: Any,
@@ -128,8 +210,7 @@ class NNsight(Envoy):
             prepare = partial(self._prepare_input, options=options, defaults=kwargs)
         if trace:
             return Tracer(self, prepare, self._combine, self._result, has_input, keeps_output=keeps_output)
-        call = prepare()
-        return call.function(*call.args, **call.kwargs)
+        return self._run(prepare())
 
     def _is_input(self, kwargs: dict[str, Any]) -> bool:
         """Whether these keyword arguments are themselves what the model is to run on, and not options beside it."""

@@ -6,19 +6,23 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
 from nnsight_core.errors import StepNotRunError
 from nnsight_core.events import Event, Origin
+from nnsight_core.forward_pass import ForwardPass
 from nnsight_core.gradients import GradientTape
-from nnsight_core.interleaver import ForwardPass, Interleaver
+from nnsight_core.hooked_calls import call_hooked
+from nnsight_core.interleaver import Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
+from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
@@ -54,6 +58,16 @@ class Result(torch.nn.Module):
         return result
 
 
+class TraceEdits(Protocol):
+    """The edits of a model in one trace."""
+
+    def start(self, interleaver: Interleaver, batch: Call, clients: dict[Tape, TapeClient]) -> None:
+        """A pass begins: let the edits have the first turn at every value."""
+
+    def value(self, edit: Any, number: int, live: bool) -> Proxy | None:
+        """What a step of an edit gives in this trace; None if the trace does not make this edit."""
+
+
 class Part:
     """One body of a script: the inputs that it speaks of, and how far it is.
 
@@ -73,6 +87,7 @@ class Part:
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
+        self.edits: TraceEdits | None = None
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] | None = None
@@ -136,11 +151,23 @@ class Part:
             return whole if view is None else whole.as_part(*view)
         return self.proxy(self.live.ask(asked), view)
 
+    def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` on the values of proxies, now if this body runs live, else when they arrive."""
+        if self.live is None:
+            assert self.tape is not None
+            return self.tape.record(apply, function, *args, **kwargs)
+        return apply(function, *args, **kwargs)
+
+    def edited_value(self, edit: Any, number: int) -> Proxy | None:
+        """What a step of an edit gives in this trace; None if the trace does not make this edit."""
+        return None if self.edits is None else self.edits.value(edit, number, self.live is not None)
+
     def proxy(self, event: Event, view: View | None = None) -> Any:
         """The proxy of what ``event`` gives, cut to this body's rows, or of the part that ``view`` shows."""
         if view is not None:
             return self._part(event, *view)
-        is_call, rows = event.kind != "output", self.rows
+        # A call that a body made on its own rows holds no others.
+        is_call, rows = event.kind != "output", self.rows if event.rows is None else None
         if rows is None:
             return self.scope.proxy(event.value, event, is_call, event.site)
         part = rows.take(event.value)
@@ -149,13 +176,13 @@ class Part:
             event.write(rows.put(event.value, part))
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
 
-    def _part(self, event: Event, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+    def _part(self, event: Event, get: Callable[[Any, Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         if self.rows is not None:
             return self.proxy(event).as_part(get, put)
         # The whole value has no proxy that anybody could have, so none is made for it.
-        read, write = event.read, event.write
-        origin = Origin(event, lambda: get(read()), lambda part: write(put(read(), part)))
-        return self.scope.wrap(get(event.value), origin, event.site)
+        read, write, scope = event.read, event.write, self.scope
+        origin = Origin(event, lambda: get(read(), scope), lambda part: write(put(read(), part)))
+        return scope.wrap(get(event.value, scope), origin, event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")
@@ -180,9 +207,17 @@ class Pass:
         parts: the bodies that it serves, in their order.
         root: the model.
         result: the module that is called with what the pass gives.
+        edits: the edits of the model; None if it has none.
     """
 
-    def __init__(self, call: Call, parts: Sequence[Part], root: torch.nn.Module, result: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        call: Call,
+        parts: Sequence[Part],
+        root: torch.nn.Module,
+        result: torch.nn.Module,
+        edits: TraceEdits | None = None,
+    ) -> None:
         def run() -> Any:
             return result(call.function(*call.args, **call.kwargs))
 
@@ -190,6 +225,8 @@ class Pass:
         self.forward = ForwardPass(run)
         self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None)
         self.parts = parts
+        self._call = call
+        self._edits = edits
         self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
         self._clients: dict[Tape, TapeClient] = {}
@@ -197,26 +234,30 @@ class Pass:
 
     def start(self, live: Part | None) -> None:
         """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
+        if self._edits is not None:
+            self._edits.start(self.interleaver, self._call, self._clients)
         for part in self.parts:
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:
-                client = TapeClient(part.tape, self.interleaver, part.proxy)
+                client = TapeClient(part.tape, self.interleaver, part.proxy, part.rows)
                 self._clients[part.tape] = self._by_part[part] = client
+                part.scope.run_hooked = partial(call_hooked, self.interleaver, client)
                 if part is not live:
                     client.run(self._clients)
         if live is None:
             return
         live.live = LiveClient(self.interleaver)
+        live.scope.run_hooked = partial(call_hooked, self.interleaver, live.live)
         if live.tape is not None:
             self._by_part[live].play(live.ask)
             live.tape = None
 
     def attach(self, part: Part, cache: Cache, tree: Tree) -> None:
         """Let ``cache`` note the values of ``part`` from here on."""
-        record = cache.recorder(part.rows, self._in_steps)
+        record = cache.recorder(self._in_steps)
         for module, kind in cache.watched():
-            self.interleaver.observe(module, kind, tree.ancestors(module), record)
+            self.interleaver.observe(module, kind, tree.ancestors(module), record, part.rows)
 
     def finish(self) -> list[Part]:
         """Run to the end; gives the bodies that could not be done in this pass."""

@@ -63,11 +63,12 @@ class Proxy(Operators, Appearance):
         raise TypeError("Proxies come from a trace (module.output and so on); they are not made by hand.")
 
     def _get(self) -> Any:
-        if self._value is PENDING:
-            self._tape.force()
-        if self._value is RELEASED or self._value is PENDING or self._value is NEVER_CAME:
-            raise ReleasedValueError(self._site, never_came=self._value is not RELEASED)
-        return self._value
+        value = self._value
+        if value is PENDING:
+            value = self._tape.look_at(self)
+        if value is RELEASED or value is PENDING or value is NEVER_CAME:
+            raise ReleasedValueError(self._site, never_came=value is not RELEASED)
+        return value
 
     _plain = _get
 
@@ -91,8 +92,9 @@ class Proxy(Operators, Appearance):
 
     def save(self) -> Any:
         """Keep the value beyond the end of the trace; returns the proxy itself."""
-        if self._value is not PENDING:
-            self._get()
+        if self._value is PENDING:
+            return self._tape.save(self)
+        self._get()
         _set(self, "_saved", True)
         return self
 
@@ -103,16 +105,17 @@ class Proxy(Operators, Appearance):
 
     # Places: what is written into a part of a value reaches the model through the whole.
 
-    def as_part(self, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+    def as_part(self, get: Callable[[Any, Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         """The part of the value that ``get`` finds, as a proxy.
 
         Args:
-            get: finds the part in the whole.
+            get: finds the part in the whole, given the scope of the trace that it runs in: ``get(whole, scope)``.
             put: gives the whole with another part in it: ``put(whole, part)``.
         """
         if self._value is PENDING:
             return self._tape.record(Proxy.as_part, self, get, put)
-        return self._part(get(self._get()), get, put)
+        scope = self._scope
+        return self._part(get(self._get(), scope), lambda whole: get(whole, scope), put)
 
     def _part(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         if not self._scope.open:

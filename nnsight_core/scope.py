@@ -106,6 +106,8 @@ class Scope:
         "open",
         "padding",
         "prompt_length",
+        "run",
+        "run_hooked",
         "tape",
     )
 
@@ -125,6 +127,10 @@ class Scope:
         self.is_cut = False
         #: Until the batch is put together, what is asked of the input is recorded here.
         self.tape: Any = None
+        #: The run of the model, counted from 0, for what is done once in each.
+        self.run = 0
+        #: Runs a module so that its values are handed over as the model's are; None outside a pass.
+        self.run_hooked: Callable[[torch.nn.Module, Any, Any], Any] | None = None
 
     def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None) -> None:
         """Say what the model is called with, and which rows of it belong here."""
@@ -155,11 +161,11 @@ class Scope:
             made = _alias(TensorInputProxy, first) if is_tensor else _no_tensor(ObjectInputProxy)
         return self._enter(made, value, origin, site)
 
-    def pending(self, tape: Any, is_call: bool = False) -> Proxy:
+    def pending(self, tape: Any, is_call: bool = False, site: Site | None = None) -> Proxy:
         """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
         made = _empty(TensorInputProxy if is_call else TensorProxy)
         _set(made, "_tape", tape)
-        return self._enter(made, PENDING, None)
+        return self._enter(made, PENDING, None, site)
 
     def _enter(self, made: Any, value: Any, origin: Origin | Event | None, site: Site | None = None) -> Proxy:
         _set(made, "_value", value)
@@ -200,7 +206,7 @@ class Scope:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
         self._inputs, self._rows = _NO_INPUTS, None
-        self.tape = None
+        self.tape = self.run_hooked = None
         if self._gradients is not None:
             self._gradients.drop()
             self._gradients = None
@@ -220,6 +226,11 @@ class Scope:
                 _set(proxy, "_value", NEVER_CAME if saved else RELEASED)
                 _let_go(proxy)
         self._made.clear()
+
+
+def hooked_call(scope: Scope, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run ``module`` so that its values can be asked for, as a step that can be recorded."""
+    return module(*args, **kwargs) if scope.run_hooked is None else scope.run_hooked(module, args, kwargs)
 
 
 def _given(scope: Scope, name: str, otherwise: Callable[[Scope], Any] | None) -> Any:

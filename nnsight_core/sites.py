@@ -70,8 +70,10 @@ _recorded = _Recorded()
 
 
 @contextmanager
-def on_behalf_of(site: Site) -> Iterator[None]:
-    """While it lasts, what happens is the doing of the line ``site``, where it was recorded."""
+def on_behalf_of(site: Site | None) -> Iterator[None]:
+    """While it lasts, what happens is the doing of the line ``site``, where it was recorded; of whoever is on the stack
+    if that is None.
+    """
     before = _recorded.site
     _recorded.site = site
     try:

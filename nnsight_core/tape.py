@@ -6,6 +6,7 @@ would have done, by way of the same proxies.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,12 +14,14 @@ from typing import Any, Protocol
 import torch
 
 from nnsight_core import thread_state
-from nnsight_core.arguments import PENDING, frozen
+from nnsight_core.arguments import PENDING, frozen, mapped
 from nnsight_core.asked import Asked
 from nnsight_core.errors import NNsightError, OrderError, RecordingError
-from nnsight_core.events import Event
+from nnsight_core.events import Event, PastEvent
+from nnsight_core.hooked_calls import given_before
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.proxy import Proxy
+from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope, arrive
 from nnsight_core.sites import Site, on_behalf_of, user_site
 
@@ -31,11 +34,11 @@ class Instruction:
         function: what is called otherwise.
         args: its arguments, with proxies for what earlier steps give.
         kwargs: its keyword arguments.
-        result: the pending proxy that stands for what the step gives.
+        result: the pending proxy that stands for what the step gives; None in a program, which has no values.
         site: the user's line.
     """
 
-    __slots__ = ("args", "asked", "function", "kwargs", "result", "site", "state", "versions")
+    __slots__ = ("args", "asked", "entered", "function", "kwargs", "result", "site", "state", "versions")
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class Instruction:
         function: Callable[..., Any] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        result: Proxy,
+        result: Proxy | None,
         site: Site,
     ) -> None:
         self.asked = asked
@@ -54,8 +57,10 @@ class Instruction:
         self.site = site
         if asked is not None:
             return
-        #: torch's state in the body, under which the step is to be taken.
+        #: torch's state in the body, under which the step is to be taken; and, where the step is to be taken at some
+        #: other time, that in which its block was entered: only what the block changes is put on then.
         self.state = thread_state.snapshot()
+        self.entered: thread_state.State | None = None
         self.versions = [(each, each._version) for each in _own_tensors((args, kwargs)) if not each.is_inference()]
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,14 +74,26 @@ class Instruction:
             if tensor._version != version:
                 raise RecordingError("A tensor was changed after it had been used with a pending value.", self.site)
         now = thread_state.snapshot()
-        guard = thread_state.enter(self.state, now) if now != self.state else None
+        state = self.state if self.entered is None else thread_state.blended(self.state, self.entered, now)
+        guard = thread_state.enter(state, now) if now != state else None
         try:
             with on_behalf_of(self.site):
                 result = self.function(*args, **kwargs)
         finally:
-            if now != self.state:
+            if now != state:
                 thread_state.leave(guard, now)
-        arrive(self.result, result)
+        self.answer(result)
+
+    def answer(self, value: Any) -> None:
+        """Let the step have given ``value``."""
+        assert self.result is not None
+        arrive(self.result, value)
+
+    def again(self, asked: Asked | None, args: Any, kwargs: Any, result: Proxy) -> Instruction:
+        """The same step with other values."""
+        step = copy.copy(self)
+        step.asked, step.args, step.kwargs, step.result = asked, args, kwargs, result
+        return step
 
 
 def _own_tensors(value: Any) -> list[torch.Tensor]:
@@ -144,6 +161,20 @@ class Tape:
         if recorder is not None:
             recorder.force(self)
 
+    def look_at(self, proxy: Proxy) -> Any:
+        """The value of ``proxy``, made to arrive."""
+        self.force()
+        return proxy._value
+
+    def standing(self, proxy: Proxy) -> Proxy:
+        """The proxy that ``proxy`` stands for where it is used now."""
+        return proxy
+
+    def save(self, proxy: Proxy) -> Proxy:
+        """Keep the pending value beyond the end of the trace."""
+        object.__setattr__(proxy, "_saved", True)
+        return proxy
+
     def mentions(self, name: str) -> bool:
         """Whether a step reads or sets the attribute ``name`` of a value."""
         return any(type(arg) is str and arg == name for step in self.instructions for arg in step.args)
@@ -159,19 +190,17 @@ class NotThereYet(Exception):
 
 def resolved(value: Any) -> Any:
     """``value`` with pending proxies replaced by what has arrived for them."""
-    kind = type(value)
-    if issubclass(kind, Proxy):
-        if value._tape is None:
-            return value
-        if value._value is PENDING and value._live is None:
-            raise NotThereYet(value)
+    return mapped(value, _arrived)
+
+
+def _arrived(value: Any) -> Any:
+    if not issubclass(type(value), Proxy):
+        return value
+    if value._live is not None:
         return value._live
-    if kind in (tuple, list):
-        return kind(resolved(entry) for entry in value)
-    if kind is dict:
-        return {key: resolved(entry) for key, entry in value.items()}
-    if kind is slice:
-        return slice(*(resolved(entry) for entry in (value.start, value.stop, value.step)))
+    if value._value is PENDING:
+        raise NotThereYet(value)
+    # It is there, or was saved in an earlier trace.
     return value
 
 
@@ -182,11 +211,16 @@ class TapeClient:
         tape: the program.
         interleaver: the turns of the pass.
         proxy: makes the live proxy of what an event gives, cut to the rows of this tape's input.
+        rows: these rows; None if they are the whole batch.
     """
 
-    def __init__(self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event], Proxy]) -> None:
+    def __init__(
+        self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event], Proxy], rows: Rows | None = None
+    ) -> None:
         self.tape = tape
+        self.rows = rows
         self.last_read: Asked | None = None
+        self.given: dict[tuple[torch.nn.Module, str], PastEvent] = {}
         self._interleaver = interleaver
         self._proxy = proxy
         self._position = 0
@@ -211,8 +245,8 @@ class TapeClient:
         while not self.done and not self.deferred:
             step = self.tape.instructions[self._position]
             if step.asked is not None:
-                event = self._interleaver.event
-                if event is None or not self._interleaver.fits(step.asked, event):
+                event = self._here(step.asked)
+                if event is None:
                     self._interleaver.wait(self, step.asked)
                     return
                 self._answer(step, event)
@@ -237,11 +271,23 @@ class TapeClient:
             self._position += 1
             self._wake()
 
+    def _here(self, asked: Asked) -> Event | None:
+        """What is asked for, if it is there now."""
+        interleaver, event = self._interleaver, self._interleaver.event
+        if event is not None and interleaver.fits(asked, event) and (event.rows is None or event.rows == self.rows):
+            return event
+        return given_before(interleaver, self, asked) if self.given else None
+
+    def keeps(self, module: torch.nn.Module, kind: str) -> bool:
+        """Whether a later step asks for it."""
+        steps = self.tape.instructions[self._position :]
+        return any(each.asked and each.asked.module is module and each.asked.kind == kind for each in steps)
+
     def play(self, ask: Callable[[Asked], Proxy]) -> None:
         """Take all steps here and now, in a body that goes on live."""
         for step in self.tape.instructions:
             if step.asked is not None:
-                arrive(step.result, ask(step.asked))
+                step.answer(ask(step.asked))
             else:
                 step.take(resolved(step.args), resolved(step.kwargs))
             self._position += 1
@@ -268,7 +314,7 @@ class TapeClient:
     def _answer(self, step: Instruction, event: Event) -> None:
         assert step.asked is not None
         self.last_read = step.asked
-        arrive(step.result, self._proxy(event))
+        step.answer(self._proxy(event))
         self._position += 1
         self._wake()
 

@@ -82,6 +82,12 @@ def _set_dispatch_modes(modes: tuple[Any, ...] | None) -> None:
         _python_dispatch._push_mode(mode)
 
 
+def blended(state: State, before: State, now: State) -> State:
+    """``now`` with whatever of ``state`` differs from ``before``."""
+    parts = zip(state, before, now, strict=True)
+    return tuple(own if own != was else here for own, was, here in parts)
+
+
 def enter(state: State, now: State) -> Any:
     """Put the thread into ``state``, given that it is in ``now``; what comes back goes to :func:`leave`."""
     guard = None

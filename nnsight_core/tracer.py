@@ -12,6 +12,8 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
 from nnsight_core.current import closed, opened
+from nnsight_core.edit_runs import EditRuns
+from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
 from nnsight_core.invoker import Invoker
@@ -70,6 +72,7 @@ class Tracer:
         #: What the batches gave, if that is to be kept; a batch may take several passes.
         self._outputs: list[Any] | None = [] if keeps_output else None
         self._keeper = Keeper()
+        self._edits = EditRuns(model._tree, self) if model._tree.edits else None
         #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
@@ -79,6 +82,7 @@ class Tracer:
             raise RuntimeError("This trace is open already. Call .trace(...) again for another one.")
         if self._prepare is None:
             raise RuntimeError("This trace has been run. Call .trace(...) again for another one.")
+        check_not_in_its_edit(self._model._tree)
         self._entered = True
         self._keeper.open()
         if self._has_input:
@@ -92,6 +96,7 @@ class Tracer:
         return self
 
     def _begin(self, part: Part, frame: FrameType) -> None:
+        part.edits = self._edits
         self._gathered.append(part)
         self._parts.append(part)
         self._current = part
@@ -118,7 +123,7 @@ class Tracer:
     def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
         self.forward_passes += 1
         self._batch = batch
-        self._pass = Pass(batch, parts, self._root, self._result._module)
+        self._pass = Pass(batch, parts, self._root, self._result._module, self._edits)
         self._pass.start(live)
 
     def _finish_pass(self) -> None:
@@ -157,6 +162,8 @@ class Tracer:
 
     def _check_parts(self) -> None:
         """Nothing asked for is silently not done."""
+        if self._edits is not None and not self._stopped:
+            self._edits.check()
         for part in self._parts:
             part.scope.check_gradients()
             for cache, _ in part.caches if not self._stopped else ():
@@ -174,6 +181,8 @@ class Tracer:
             for part in self._parts:
                 closed(part)
                 part.scope.close()
+            if self._edits is not None:
+                self._edits.close()
             self._parts = []
             self._gathered = []
             self._current = None

@@ -41,9 +41,8 @@ class Place:
 
 def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = None) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
-    scope = root.open_scope(place.label)
 
-    def get(value: Any) -> Any:
+    def get(value: Any, scope: Scope) -> Any:
         return _by_prompt(place.get(value), scope)
 
     def put(value: Any, part: Any) -> Any:

@@ -107,6 +107,12 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         if check_renaming and not any(each.is_meta for each in module.parameters()):
             validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
 
+    def _twin(self) -> StandardizedTransformer:
+        twin = super()._twin()
+        assert isinstance(twin, StandardizedTransformer)
+        twin._add_accessors()
+        return twin
+
     def _add_accessors(self) -> None:
         layers = self._plan.layers
         # Were they to hold the model itself, which holds them, only the garbage collector could free it.

@@ -1,0 +1,48 @@
+"""Calls with ``hook=True``: a client runs a module, and its values are handed over as if the model had run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nnsight_core.asked import Asked, Client
+from nnsight_core.events import Event, PastEvent
+from nnsight_core.interleaver import Interleaver
+from nnsight_core.sites import on_behalf_of, user_site
+
+
+def call_hooked(interleaver: Interleaver, client: Client, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """Let ``client`` run ``module`` as the model would: whoever waits for a value inside gets it, and the client itself
+    may ask for it afterwards.
+    """
+    site = user_site()
+
+    def note(module: torch.nn.Module, kind: str, value: Any) -> None:
+        client.given[module, kind] = PastEvent(module, kind, value, site, client.rows, interleaver.step)
+
+    places = [(each, kind) for each in module.modules() for kind in ("input", "output")]
+    kept = [(each, kind) for each, kind in places if client.keeps(each, kind)]
+    for each, kind in kept:
+        interleaver.observe(each, kind, (), note)
+    try:
+        with interleaver.calling(module, client.rows), on_behalf_of(None):
+            return module(*args, **kwargs)
+    finally:
+        for each, kind in kept:
+            interleaver.ignore(each, kind, note)
+
+
+def given_before(interleaver: Interleaver, client: Client, asked: Asked) -> Event | None:
+    """What a call gave that ``client`` made itself, if that is what it asks for.
+
+    Raises:
+        OutOfOrderError: it is asked for to be set, and the call is over.
+    """
+    past = client.given.get((asked.module, asked.kind))
+    if past is None or not asked.is_answered_by(asked.module, asked.kind, past.step):
+        return None
+    past.label = asked.label
+    if asked.setting:
+        raise past.too_late(asked.site)
+    return past
