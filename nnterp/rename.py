@@ -16,10 +16,10 @@ from collections.abc import Collection, Mapping
 from nnterp.dimensions import Dimensions, dimensions
 from nnterp.errors import AliasConflictError, AmbiguousNameError, ModulePathError, UnknownNameError, nearest
 from nnterp.frozen import FrozenMapping
-from nnterp.rename_plan import LayerPlan, RenameConfig, RenamePlan, as_list, join
-from nnterp.spec import ROLES, ArchitectureSpec
+from nnterp.rename_plan import LayerPlan, PartPlan, RenameConfig, RenamePlan, as_list, join
+from nnterp.spec import ROLES, ArchitectureSpec, Part
 
-__all__ = ["Dimensions", "dimensions", "LayerPlan", "plan", "RenameConfig", "RenamePlan"]
+__all__ = ["Dimensions", "dimensions", "LayerPlan", "PartPlan", "plan", "RenameConfig", "RenamePlan"]
 
 #: What the parts of a layer are called everywhere.
 LAYER_NAMES = {"attention": "self_attn", "mlp": "mlp"}
@@ -89,10 +89,12 @@ class _Finder:
         for role in ROLES:
             said = as_list(getattr(self.user, f"{role}_name", None))
             where = f"modules.{role}"
-            found[role] = self._user_module(f"{role}_name", said) if said else getattr(self.spec.modules, role)
             self.origins[where] = self._argument(f"{role}_name") if said else self.spec.where(where)
-            if found[role] is not None:
-                self._require(str(found[role]), where, role)
+            if said:
+                found[role] = self._user_module(f"{role}_name", said)
+            else:
+                choice = getattr(self.spec.modules, role)
+                found[role] = self._first(choice, "") or self._require(choice[0], where, role) if choice else None
         if said := as_list(self.user.model_name):
             found["model"] = self._user_module("model_name", said)
         else:
@@ -107,37 +109,23 @@ class _Finder:
         if path not in self.paths:
             count = f"layer {path.rpartition('.')[2]} of the {num_layers} that the config speaks of"
             self._require(path, "modules.layers", count)
-        spec, block = self.spec, self.spec.block
-        attention = self._part(path, "attention", "attn_name", spec.layer.attention, bool(self.user.ignore_attn))
-        mlp_said = as_list(self.user.mlp_name)
-        whole = spec.layer.mlp.module if spec.layer.mlp else None
-        mlp = self._part(path, "mlp", "mlp_name", whole, bool(self.user.ignore_mlp))
-        ends: tuple[str | None, str | None] = (mlp, mlp)
-        if spec.layer.mlp and not whole and not mlp_said and not self.user.ignore_mlp:
-            ends = (
-                self._require(join(path, spec.layer.mlp.input), "layer.mlp.input", "the MLP's input"),
-                self._require(join(path, spec.layer.mlp.output), "layer.mlp.output", "the MLP's output"),
-            )
-
-        def beside(part: str | None, key: str) -> str | None:
-            relative = getattr(block, key)
-            return self._require(join(path, relative), f"block.{key}", key) if part and relative else None
-
-        return LayerPlan(
-            path=path,
-            attention=attention,
-            mlp=mlp,
-            mlp_input=ends[0],
-            mlp_output=ends[1],
-            attention_contribution=beside(attention, "attention_contribution") or attention,
-            mlp_contribution=beside(ends[1], "mlp_contribution") or ends[1],
-            attention_sum_norm=beside(attention, "attention_sum_norm"),
-            mlp_sum_norm=beside(ends[1], "mlp_sum_norm"),
-            flattened=tuple(
-                self._require(join(path, child), f"layer.flattened.{index}", "a flattened module")
-                for index, child in enumerate(spec.layer.flattened)
-            ),
-        )
+        spec = self.spec.layer
+        parts: list[PartPlan] = []
+        mixers = {"attention": spec.attention, **spec.mixers()}
+        others = [kind for kind in mixers if kind != "attention"]
+        for kind, part in mixers.items():
+            optional = bool(others) or "attention" in self.spec.absent
+            name, ignored = ("attn_name", bool(self.user.ignore_attn)) if kind == "attention" else ("", False)
+            parts += self._part(path, kind, part, name, ignored, optional)
+        optional = "mlp" in self.spec.absent
+        parts += self._part(path, "mlp", spec.mlp, "mlp_name", bool(self.user.ignore_mlp), optional)
+        if others and not parts:
+            self._require(join(path, mixers[others[0]].module[0]), f"layer.{others[0]}", "the mixer of a layer")  # type: ignore[union-attr]
+        contributions = {part.contribution for part in parts}
+        for index, part in enumerate(spec.also_added):
+            more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
+            parts += [each for each in more if each.contribution not in contributions]
+        return LayerPlan(path=path, parts=tuple(parts), router=self._first(spec.router, path))
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""
@@ -159,26 +147,70 @@ class _Finder:
                 steps.append(path)
         return tuple(steps)
 
-    def _part(self, layer: str, part: str, field: str, relative: str | None, ignored: bool) -> str | None:
-        said = as_list(getattr(self.user, field))
-        where = f"layer.{part}"
+    def _part(
+        self,
+        layer: str,
+        kind: str,
+        part: Part | None,
+        field: str,
+        ignored: bool,
+        optional: bool,
+        where: str = "",
+    ) -> list[PartPlan]:
+        """The part of one layer, or nothing where the layer has no such part."""
+        where = where or f"layer.{kind}"
+        said = as_list(getattr(self.user, field)) if field else []
         self.origins[where] = self._argument(field) if said else self.spec.where(where)
         if ignored:
-            return None
+            return []
         for name in said:
             found = self._matches(name, layer)
             if len(found) > 1:
                 raise AmbiguousNameError(self._argument(field), name, found)
             if found:
                 self._found_in_a_layer.add(field)
-                return found[0]
-        if relative is None:
-            return None
-        path = join(layer, relative)
-        if said and path not in self.paths:
-            # The user named the part, and this layer has it under neither name: layers may differ.
-            return None
-        return path if said else self._require(path, where, f"the {part} of a layer")
+                return [self._around(layer, kind, part or Part(), found[0], where)]
+        if part is None:
+            return []
+        ends = (*part.module, *part.input)
+        there = self._first(tuple(f"{path}.{inside}" for path in ends for inside in part.has) or ends, layer)
+        if there is None:
+            # Where the user named the part, layers may differ: this one has it under neither name.
+            if said or optional:
+                return []
+            self._require(join(layer, ends[0]), where, f"the {kind.replace('_', ' ')} of a layer")
+        return [self._around(layer, kind, part, None, where)]
+
+    def _around(self, layer: str, kind: str, part: Part, user_module: str | None, where: str) -> PartPlan:
+        """What stands around a part in its layer; of what the spec says, that which the layer has."""
+
+        def find(name: str) -> str | None:
+            choice = getattr(part, name)
+            found = self._first(choice, layer)
+            if choice and found is None and name in ("input", "output", "contribution"):
+                self._require(join(layer, choice[0]), f"{where}.{name}", f"the {name} of the {kind}")
+            return found
+
+        module = user_module or self._first(part.module, layer)
+        ends = {name: find(name) if user_module is None else None for name in ("input", "output")}
+        first, last = ends["input"] or module, ends["output"] or module
+        assert first is not None and last is not None
+        contribution = find("contribution") if user_module is None or part.contribution else None
+        return PartPlan(
+            kind=kind,
+            module=module,
+            input=first,
+            output=last,
+            contribution=contribution or last,
+            norm=find("norm"),
+            stream=find("stream"),
+            sum_norm=find("sum_norm"),
+            multiplier=part.multiplier,
+            stream_multiplier=part.stream_multiplier,
+        )
+
+    def _first(self, choice: tuple[str, ...], layer: str) -> str | None:
+        return next((path for each in choice if (path := join(layer, each)) in self.paths), None)
 
     def _user_module(self, field: str, names: list[str]) -> str:
         for name in names:

@@ -14,6 +14,7 @@ from nnterp.errors import PositionError, SteeringVectorError
 if TYPE_CHECKING:
     from nnsight_core.scope import Scope
     from nnterp.accessors import ValueAccess
+    from nnterp.spec import ArchitectureSpec
 
 
 class ResidualStream:
@@ -22,6 +23,7 @@ class ResidualStream:
     layers_input: ValueAccess
     layers_output: ValueAccess
     hidden_size: int
+    _spec: ArchitectureSpec
 
     def steer(
         self,
@@ -55,6 +57,7 @@ class ResidualStream:
             PositionError: a position or a row is not there.
             LayerIndexError: the model has no such layer.
         """
+        self._spec.refuse("steer", "steer(...)")
         if positions is not None and token_positions is not None:
             raise PositionError("steer() takes positions or token_positions, not both: they count differently.")
         where = (positions, token_positions, batch_index)
@@ -87,6 +90,7 @@ class ResidualStream:
             LayerIndexError: the model has no such layer.
             ShapeError: ``skip_with`` has another shape than the residual stream.
         """
+        self._spec.refuse("skip", f"skip_layers({start_layer}, {end_layer})")
         start, end = self.layers_output.position(start_layer), self.layers_output.position(end_layer)
         if end < start:
             raise ValueError(f"skip_layers({start_layer}, {end_layer}) ends before it begins; both ends are included.")
@@ -132,7 +136,7 @@ def _chosen(
     hidden: torch.Tensor, scope: Scope, positions: Any, token_positions: Any, batch_index: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows and columns to change, so that ``hidden[rows, columns]`` is (batch, position, hidden)."""
-    batch, length, _ = hidden.shape
+    batch, length = hidden.shape[:2]
     rows = _indices(batch_index, batch, "Prompt", hidden.device)
     if token_positions is None:
         return rows[:, None], _indices(positions, length, "Position", hidden.device)[None, :]

@@ -33,6 +33,7 @@ __all__ = [
     "read_name",
     "read_names",
     "read_path",
+    "read_path_choice",
     "read_path_or_null",
     "read_paths",
     "read_some_names",
@@ -218,9 +219,24 @@ def read_path(place: Place) -> str:
     return text
 
 
-def read_path_or_null(place: Place) -> str | None:
-    """A dotted module path, or None where the file says null."""
-    return None if place.is_null() else read_path(place)
+def read_path_choice(place: Place) -> tuple[str, ...]:
+    """One module path, or several of which the first that is there is meant."""
+    if not isinstance(place.node, yaml.SequenceNode):
+        return (read_path(place),)
+    paths = read_paths(place)
+    if not paths:
+        raise place.error(
+            f"`{place.path}` is empty.",
+            found="[]",
+            expected="at least one module path",
+            mend="Name the module; leave the key out where there is none.",
+        )
+    return paths
+
+
+def read_path_or_null(place: Place) -> tuple[str, ...]:
+    """The same, or nothing where the file says null."""
+    return () if place.is_null() else read_path_choice(place)
 
 
 def read_paths(place: Place) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
 from nnsight_core.scope import Scope
-from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
+from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
 from nnterp.architectures import spec_for, spec_from_file
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
-from nnterp.rename import RenameConfig, dimensions, plan
+from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
 from nnterp.residual_stream import ResidualStream
+from nnterp.spec_layer import KINDS
 from nnterp.validation import validate
 from nnterp.vocabulary import Vocabulary
 
@@ -36,7 +37,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     Modules: ``embed_tokens``, ``layers[i]``, ``layers[i].self_attn``, ``layers[i].mlp``, ``ln_final``, ``lm_head``.
     Values, read and set, of shape (batch, position, hidden) unless said: ``token_embeddings``,
     ``layers_input[i]``, ``layers_output[i]``, ``attentions_input[i]``, ``attentions_output[i]``, ``mlps_input[i]``,
-    ``mlps_output[i]``, ``logits`` (batch, position, vocab).
+    ``mlps_output[i]``, ``logits`` (batch, position, vocab). ``mixers_input[i]`` and ``mixers_output[i]`` are there for
+    every layer: its attention, or what it has instead, such as a state-space mixer.
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -65,11 +67,14 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     hidden_size: int
     vocab_size: int
     attentions: ModuleAccess
+    mixers: ModuleAccess
     mlps: ModuleAccess
     layers_input: ValueAccess
     layers_output: ValueAccess
     attentions_input: ValueAccess
     attentions_output: ValueAccess
+    mixers_input: ValueAccess
+    mixers_output: ValueAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
 
@@ -95,37 +100,56 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         family = spec_from_file(spec) if spec else spec_for(config.model_type)
         self._spec = family.for_config(config)
         sizes = dimensions(self._spec, config, rename_config)
-        names = [name for name, _ in module.named_modules()]
+        # Some models use one module in several layers; it has a name in each of them.
+        names = [name for name, _ in module.named_modules(remove_duplicate=False)]
         self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
         super().__init__(module, tokenizer, self._plan.aliases)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
             setattr(self, name, getattr(sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
-        self._embeddings_place = Place(self._plan.embed[-1], "output", "token_embeddings")
+        self._embeddings_place = Place(
+            self._plan.embed[-1], "output", "token_embeddings", shape=self._shape("embeddings")
+        )
         self._add_accessors()
         if check_renaming and not any(each.is_meta for each in module.parameters()):
             validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
 
     def _add_accessors(self) -> None:
         layers = self._plan.layers
+        own = tuple(PartPlan("layer", each.path, each.path, each.path, each.path) for each in layers)
+        self._add_accessor("layers", own, self._shape("layers"))
+        shape = self._shape("parts")
+        self._add_accessor("attentions", tuple(each.part("attention") for each in layers), shape)
+        self._add_accessor("mixers", tuple(each.mixer for each in layers), shape)
+        self._add_accessor("mlps", tuple(each.part("mlp") for each in layers), shape)
 
-        def values(name: str, kind: str, paths: Sequence[str | None], why_not: str) -> ValueAccess:
-            places = [
-                Place(path, kind, f"{name}_{kind}[{index}]") if path else None for index, path in enumerate(paths)
-            ]
-            return ValueAccess(self, f"{name}_{kind}", tuple(places), why_not)
+    def _shape(self, what: str) -> StreamShape:
+        return StreamShape.of(what, self._spec, self.config, self.hidden_size)
 
-        for name, role, starts, ends in (
-            ("layers", "layers", [each.path for each in layers], [each.path for each in layers]),
-            ("attentions", "attention", [each.attention for each in layers], [each.attention for each in layers]),
-            ("mlps", "mlp", [each.mlp_input for each in layers], [each.mlp_output for each in layers]),
-        ):
-            why_not = str(self._spec.absent.get(role, f"{self._spec.source} names none."))
-            setattr(self, f"{name}_input", values(name, "input", starts, why_not))
-            setattr(self, f"{name}_output", values(name, "output", ends, why_not))
-            if name != "layers":
-                modules = tuple(getattr(each, role) for each in layers)
-                setattr(self, name, ModuleAccess(self, name, modules, why_not))
+    def _add_accessor(self, name: str, parts: tuple[PartPlan | None, ...], shape: StreamShape) -> None:
+        reasons = tuple(self._why_not(name, index) for index in range(len(parts)))
+        if name in self._spec.cannot:
+            parts = (None,) * len(parts)
+        for kind in ("input", "output"):
+            places = tuple(
+                Place(getattr(part, kind), kind, f"{name}_{kind}[{index}]", shape=shape) if part else None
+                for index, part in enumerate(parts)
+            )
+            setattr(self, f"{name}_{kind}", ValueAccess(self, f"{name}_{kind}", places, reasons, shape))
+        if name != "layers":
+            modules = tuple(part.module if part else None for part in parts)
+            setattr(self, name, ModuleAccess(self, name, modules, reasons))
+
+    def _why_not(self, name: str, index: int) -> str:
+        """Why a layer has no such part, or none that can be read."""
+        spec, mixer = self._spec, self._plan.layers[index].mixer
+        if name in spec.cannot:
+            return spec.cannot[name]
+        reason = spec.absent.get({"attentions": "attention", "mlps": "mlp"}.get(name, ""), "")
+        if name == "attentions" and mixer and mixer.kind in KINDS and mixer.kind != "attention":
+            what = f"It has {KINDS[mixer.kind]} instead, which mixers_output[{index}] reads."
+            return f"{reason} {what}".strip()
+        return reason or f"{spec.source} names none."
 
     @property
     def input_ids(self) -> Any:

@@ -34,6 +34,8 @@ ORDER = (
     "nnterp/rename_plan.py",
     "nnterp/architectures.py",
     "nnterp/spec.py",
+    "nnterp/spec_layer.py",
+    "nnterp/multipliers.py",
     "nnterp/conditions.py",
     "nnterp/spec_reader.py",
     "nnterp/errors.py",
