@@ -32,6 +32,8 @@ class Tree:
     def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
         self.root = root
         self.aliases = dict(aliases or {})
+        #: Modules into whose output the model writes after they have given it.
+        self.written_over: frozenset[torch.nn.Module] = frozenset()
         self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
 
@@ -226,7 +228,9 @@ class Envoy:
         trace = self._trace(label)
         module = self._module
         step = None if self._is_result else trace.step_of(module)
-        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), step, setting=setting)
+        tree = self._tree
+        over = module in tree.written_over and kind == "output"
+        asked = Asked(module, kind, label, user_site(), tree.ancestors(module), step, None, setting, over)
         return trace.ask(asked)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:

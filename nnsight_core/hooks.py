@@ -228,12 +228,20 @@ def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Modu
 
 
 @contextmanager
-def collecting(modules: Iterable[torch.nn.Module], kept: dict[tuple[torch.nn.Module, str], Any]) -> Iterator[None]:
-    """While it lasts, copies of what ``modules`` take and give in their first call go into ``kept``."""
+def collecting(
+    modules: Iterable[torch.nn.Module],
+    kept: dict[tuple[torch.nn.Module, str], Any],
+    originals: dict[tuple[torch.nn.Module, str], Any] | None = None,
+) -> Iterator[None]:
+    """While it lasts, copies of what ``modules`` take and give in their first call go into ``kept``, and the things
+    themselves into ``originals``.
+    """
 
     def keep(module: torch.nn.Module, kind: str, value: Any) -> None:
         if (module, kind) not in kept:
             kept[module, kind] = map_tensors(lambda tensor: tensor.detach().clone(), value)
+            if originals is not None:
+                originals[module, kind] = value
 
     with _observing(modules, keep):
         yield

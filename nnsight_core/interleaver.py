@@ -29,6 +29,7 @@ from nnsight_core.errors import (
 from nnsight_core.events import Event
 from nnsight_core.hooks import HookBoard, PlainCalls
 from nnsight_core.sites import Site, user_site
+from nnsight_core.values import map_tensors
 
 #: Called with a module, "input" or "output", and the value.
 Observer = Callable[[torch.nn.Module, str, Any], None]
@@ -201,6 +202,9 @@ class Interleaver:
                 self.hooks.unwatch(module, kind)
         self._observed(module, kind, event.value)
         changed = (event.value,) if event.replaced else None
+        if first.written_over:
+            # What the clients hold stays as it was when they got it.
+            changed = (map_tensors(torch.clone, event.value),)
         event.value = None
         return changed
 

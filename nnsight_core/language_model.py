@@ -154,7 +154,7 @@ class LanguageModel(NNsight):
             accepted = inspect.signature(self._module.forward).parameters
             if "position_ids" in accepted and "position_ids" not in kwargs:
                 # Models that learn a vector for each position would otherwise count the padding.
-                batch.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+                batch.setdefault("position_ids", self._positions(mask))
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
 
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
@@ -166,7 +166,7 @@ class LanguageModel(NNsight):
         for each in tokens:
             each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
             if counted:
-                each.setdefault("position_ids", (each["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+                each.setdefault("position_ids", self._positions(each["attention_mask"]))
             fillers = {"input_ids": self._filler()}
             for name, value in each.items():
                 each[name] = torch.nn.functional.pad(value, (longest - value.shape[-1], 0), value=fillers.get(name, 0))
@@ -176,6 +176,10 @@ class LanguageModel(NNsight):
         if first.runs_repeatedly:
             call.kwargs.pop("position_ids", None)
         return replace(call, function=first.function, runs_repeatedly=first.runs_repeatedly), sizes
+
+    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
+        """The number of each position, (batch, position), of those that ``mask`` has."""
+        return (mask.cumsum(-1) - 1).clamp(min=0)
 
     def _filler(self) -> int:
         # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.

@@ -7,7 +7,7 @@ Every value is looked up in what the module hands on at that moment, tensor or t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,22 @@ def read(root: Envoy, place: Place, setting: bool = False) -> Any:
         old = place.get(value)
         return place.put(value, place.shape.put(old, part).reshape(old.shape))
 
-    return whole.as_part(get, put)
+    part = whole.as_part(get, put)
+    if not place.shape.is_usual or _is_reshaped(part):
+        # Gradients reach what the model goes on with, and of a view that has to be the view itself.
+        part.update_value(_itself)
+    return part
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _is_reshaped(part: Any) -> bool:
+    if part._is_pending:
+        return False
+    value = part.value
+    return isinstance(value, torch.Tensor) and value.requires_grad and value._is_view()
 
 
 def write(root: Envoy, place: Place, value: Any) -> None:
@@ -243,6 +258,10 @@ class ValueAccess(Layers):
         return read(self._root, self.place(layer))
 
     __call__ = __getitem__
+
+    def as_it_is(self, layer: int) -> Place:
+        """The same place, whose value is the model's own tensor, with all its axes and positions as they are."""
+        return replace(self.place(layer), shape=StreamShape())
 
     def __setitem__(self, layer: int, value: Any) -> None:
         # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.

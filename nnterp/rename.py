@@ -46,13 +46,13 @@ def plan(
     """
     finder = _Finder(spec, frozenset(module_paths) | {""}, user or RenameConfig())
     modules = finder.modules()
-    layers = tuple(finder.layer(join(str(modules["layers"]), str(index)), num_layers) for index in range(num_layers))
+    layers = tuple(finder.layer(modules["layers"], index, num_layers) for index in range(num_layers))
     finder.check_user_layer_names(layers)
     aliases = _Aliases(finder.paths)
     for role, target in modules.items():
         if target and role != "model":
             aliases.add("", role, target, finder.origins[f"modules.{role}"])
-    for layer in layers:
+    for layer in layers if modules["layers"] else ():
         for part, alias in LAYER_NAMES.items():
             target = getattr(layer, part)
             if target:
@@ -69,6 +69,7 @@ def plan(
         origins=FrozenMapping(finder.origins),
         shadowed=tuple(aliases.shadowed),
         paths=finder.paths,
+        written_over=finder.written_over(layers),
     )
 
 
@@ -99,17 +100,20 @@ class _Finder:
             found["model"] = self._user_module("model_name", said)
         else:
             # The base model is the child of the root that holds the layers: `model` then is what it is in Llama.
-            head, dot, _ = str(found["layers"]).partition(".")
+            head, dot, _ = (found["layers"] or self.spec.layer.input[0]).partition(".")
             found["model"] = head if dot else ""
         self.origins["modules.model"] = self._argument("model_name") if said else self.origins["modules.layers"]
         return found
 
-    def layer(self, path: str, num_layers: int) -> LayerPlan:
+    def layer(self, layers: str | None, index: int, num_layers: int) -> LayerPlan:
         """One layer's parts."""
-        if path not in self.paths:
-            count = f"layer {path.rpartition('.')[2]} of the {num_layers} that the config speaks of"
-            self._require(path, "modules.layers", count)
         spec = self.spec.layer
+        ends = [join(layers, str(index))] * 2 if layers else [each[0].replace("*", str(index)) for each in (spec.input, spec.output)]
+        path = ends[0]
+        for end in ends:
+            if end not in self.paths:
+                count = f"layer {index} of the {num_layers} that the config speaks of"
+                self._require(end, "modules.layers" if layers else "layer.input", count)
         parts: list[PartPlan] = []
         mixers = {"attention": spec.attention, **spec.mixers()}
         others = [kind for kind in mixers if kind != "attention"]
@@ -125,7 +129,7 @@ class _Finder:
         for index, part in enumerate(spec.also_added):
             more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
             parts += [each for each in more if each.contribution not in contributions]
-        return LayerPlan(path=path, parts=tuple(parts), router=self._first(spec.router, path))
+        return LayerPlan(path, *ends, parts=tuple(parts), router=self._first(spec.router, path))
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""
@@ -146,6 +150,15 @@ class _Finder:
             if path:
                 steps.append(path)
         return tuple(steps)
+
+    def written_over(self, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
+        """The full paths of what the model writes into, in the model or in any of its layers."""
+        found: dict[str, None] = {}
+        for index, path in enumerate(self.spec.written_over):
+            places = [_inside(layer.path, path) for layer in layers] + [path]
+            there = [place for place in places if place in self.paths]
+            found |= dict.fromkeys(there or [self._require(path, f"written_over.{index}", "a module written into")])
+        return tuple(found)
 
     def _part(
         self,
@@ -178,7 +191,7 @@ class _Finder:
             # Where the user named the part, layers may differ: this one has it under neither name.
             if said or optional:
                 return []
-            self._require(join(layer, ends[0]), where, f"the {kind.replace('_', ' ')} of a layer")
+            self._require(_inside(layer, ends[0]), where, f"the {kind.replace('_', ' ')} of a layer")
         return [self._around(layer, kind, part, None, where)]
 
     def _around(self, layer: str, kind: str, part: Part, user_module: str | None, where: str) -> PartPlan:
@@ -188,7 +201,7 @@ class _Finder:
             choice = getattr(part, name)
             found = self._first(choice, layer)
             if choice and found is None and name in ("input", "output", "contribution"):
-                self._require(join(layer, choice[0]), f"{where}.{name}", f"the {name} of the {kind}")
+                self._require(_inside(layer, choice[0]), f"{where}.{name}", f"the {name} of the {kind}")
             return found
 
         module = user_module or self._first(part.module, layer)
@@ -210,7 +223,7 @@ class _Finder:
         )
 
     def _first(self, choice: tuple[str, ...], layer: str) -> str | None:
-        return next((path for each in choice if (path := join(layer, each)) in self.paths), None)
+        return next((path for each in choice if (path := _inside(layer, each)) in self.paths), None)
 
     def _user_module(self, field: str, names: list[str]) -> str:
         for name in names:
@@ -254,6 +267,11 @@ class _Finder:
             origin = self.origins.get(where, self.spec.where(where))
             raise ModulePathError(origin, path, what, self._nearest(path), mend)
         return path
+
+
+def _inside(layer: str, path: str) -> str:
+    """The full path of what a layer has under ``path``; with a star, the path is the model's, and the star the index."""
+    return path.replace("*", layer.rpartition(".")[2]) if "*" in path else join(layer, path)
 
 
 class _Aliases:

@@ -78,7 +78,11 @@ class PartPlan:
 class LayerPlan:
     """One layer and its parts: what mixes positions first, then the MLP, then what else is added."""
 
+    #: The layer's own path; where the model keeps no list of layers, that of the layer's first module.
     path: str
+    #: The modules that take what the layer takes, and give what it gives.
+    input: str
+    output: str
     parts: tuple[PartPlan, ...]
     router: str | None = None
 
@@ -121,6 +125,8 @@ class RenamePlan:
     #: Real children that an alias of the user's hides from attribute access, by full path.
     shadowed: tuple[str, ...]
     paths: frozenset[str] = dataclasses.field(repr=False)
+    #: Modules into whose output the model writes after they have given it.
+    written_over: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
         """The model's own path for any of a module's names.

@@ -9,6 +9,7 @@ import torch
 
 from nnsight_core.arguments import apply, unwrap
 from nnsight_core.values import own_copy
+from nnterp.accessors import read, write
 from nnterp.errors import PositionError, SteeringVectorError
 
 if TYPE_CHECKING:
@@ -94,10 +95,15 @@ class ResidualStream:
         start, end = self.layers_output.position(start_layer), self.layers_output.position(end_layer)
         if end < start:
             raise ValueError(f"skip_layers({start_layer}, {end_layer}) ends before it begins; both ends are included.")
-        stream = self.layers_input[start] if skip_with is None else skip_with
+        # A copy for each layer, so that changing one of these outputs in place leaves the others alone.
+        if skip_with is not None:
+            for layer in range(start, end + 1):
+                self.layers_output[layer] = apply(own_copy, skip_with)
+            return
+        root: Any = self
+        stream = read(root, self.layers_input.as_it_is(start))
         for layer in range(start, end + 1):
-            # A copy for each, so that changing one of these outputs in place leaves the others alone.
-            self.layers_output[layer] = apply(own_copy, stream)
+            write(root, self.layers_output.as_it_is(layer), apply(own_copy, stream))
 
 
 def _steered(

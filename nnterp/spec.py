@@ -32,7 +32,6 @@ from nnterp.spec_reader import (
     merge,
     read_name,
     read_names,
-    read_path_choice,
     read_path_or_null,
     read_paths,
     read_some_names,
@@ -83,7 +82,7 @@ class Modules:
     """
 
     embed_tokens: tuple[str, ...] = key(read_path_or_null, "the path of the input embedding")
-    layers: tuple[str, ...] = key(read_path_choice, "the path of the list of layers")
+    layers: tuple[str, ...] = key(read_path_or_null, "the path of the list of layers")
     ln_final: tuple[str, ...] = key(read_path_or_null, "the path of the norm after the last layer")
     lm_head: tuple[str, ...] = key(read_path_or_null, "the path of the module that makes logits")
 
@@ -198,6 +197,10 @@ class ArchitectureSpec:
     #: What the model multiplies its embeddings by before the first layer, outside of any module.
     embedding_multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
     stream: Stream = key(section(Stream), "the axes of the residual stream", Stream())
+    #: Modules, from the model or from a layer, into whose output the model writes after they have given it.
+    written_over: tuple[str, ...] = key(read_paths, "modules into whose output the model writes later", ())
+    #: A config key: positions are numbered from the number after its value.
+    positions_follow: str | None = key(read_name, "a config key", None)
     variants: tuple[Variant, ...] = key(_variants, "layouts that depend on the config", ())
     absent: Mapping[str, str] = key(_reasons(lambda: PARTS), "what the family has not, and why", FrozenMapping())
     cannot: Mapping[str, str] = key(_reasons(lambda: PROMISES), "what cannot hold, and why", FrozenMapping())
@@ -245,9 +248,10 @@ class ArchitectureSpec:
 
 ROLES = tuple(field.name for field in dataclasses.fields(Modules))
 #: Parts that a family, or some of its layers, may lack, if the file says why.
-PARTS = (*(role for role in ROLES if role != "layers"), "attention", "mlp")
+PARTS = (*ROLES, "attention", "mlp")
 VARYING = (
     *("modules", "layer", "layout", "embed", "unembed", "embedding_multiplier", "logits", "stream", "dimensions"),
+    *("written_over", "positions_follow"),
     *("absent", "cannot"),
 )
 #: What is promised of every family, by the names that `cannot` uses.
@@ -286,7 +290,7 @@ def _build(node: yaml.Node, source: str, text: str) -> ArchitectureSpec:
     root = Place(source, "", 1, node)
     spec = section(ArchitectureSpec)(root)
     spec = dataclasses.replace(spec, source=source, lines=FrozenMapping(dict(root.lines())), text=text)
-    for check in (_check_absent, _check_chains):
+    for check in (_check_absent, _check_layers, _check_chains):
         check(spec)
     return spec
 
@@ -315,6 +319,23 @@ def _check_absent(spec: ArchitectureSpec) -> None:
                 found=f"`{path}` on line {spec.line_of(path)}",
                 expected=f"`{path}: null`, or no reason",
                 mend=f"Take '{part}' out of `absent`, or write null for `{path}`.",
+            )
+
+
+def _check_layers(spec: ArchitectureSpec) -> None:
+    """Without a list of layers, `layer.input` and `layer.output` say where one begins and ends; with one, it does."""
+    for name in ("input", "output"):
+        if not spec.modules.layers and not getattr(spec.layer, name):
+            meaning = f"the path of a layer's {'first' if name == 'input' else 'last'} module, with * for its index"
+            raise MissingKeyError(spec.source, spec.line_of("layer"), "`layer`", name, ["attention", "mlp"], meaning)
+        if spec.modules.layers and getattr(spec.layer, name):
+            raise SpecValueError(
+                spec.source,
+                spec.line_of(f"layer.{name}"),
+                f"`layer.{name}` is for models that keep no list of layers.",
+                found=f"`modules.layers` on line {spec.line_of('modules.layers')}",
+                expected="one of the two",
+                mend="A layer of a list takes and gives what its module does.",
             )
 
 

@@ -66,6 +66,9 @@ class Layer:
     convolution: Part | None = key(_part, "the convolution", None)
     #: More that is added to the stream: a second MLP beside the experts, what is made of the layer's own embeddings.
     also_added: tuple[Part, ...] = key(lambda place: _parts(place), "what else is added to the stream", ())
+    #: Where a model keeps no list of layers: the first and the last module of one.
+    input: tuple[str, ...] = key(read_path_choice, "the path of a layer's first module", ())
+    output: tuple[str, ...] = key(read_path_choice, "the path of a layer's last module", ())
     router: tuple[str, ...] = key(read_path_choice, "the module that chooses experts", ())
 
     def mixers(self) -> dict[str, Part]:

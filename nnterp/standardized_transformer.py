@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
+from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
+from nnsight_core.tracer import Tracer
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
+from nnterp.conditions import config_value
 from nnterp.architectures import spec_for, spec_from_file
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
@@ -104,6 +107,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
         self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
         super().__init__(module, tokenizer, self._plan.aliases)
+        self._tree.written_over = frozenset(module.get_submodule(path) for path in self._plan.written_over)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
             setattr(self, name, getattr(sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
@@ -116,7 +120,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
 
     def _add_accessors(self) -> None:
         layers = self._plan.layers
-        own = tuple(PartPlan("layer", each.path, each.path, each.path, each.path) for each in layers)
+        own = tuple(PartPlan("layer", each.path, each.input, each.output, each.output) for each in layers)
         self._add_accessor("layers", own, self._shape("layers"))
         shape = self._shape("parts")
         self._add_accessor("attentions", tuple(each.part("attention") for each in layers), shape)
@@ -150,6 +154,25 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             what = f"It has {KINDS[mixer.kind]} instead, which mixers_output[{index}] reads."
             return f"{reason} {what}".strip()
         return reason or f"{spec.source} names none."
+
+    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
+        first = config_value(self.config, self._spec.positions_follow) if self._spec.positions_follow else None
+        return super()._positions(mask) + (0 if first is None else first + 1)
+
+    def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
+        call = super()._batch_call(batch, kwargs)
+        if call.padding and any(call.padding):
+            self._spec.refuse("padding", "A batch of prompts of several lengths")
+        return call
+
+    def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+        """Open a trace of a generation, as :meth:`LanguageModel.generate` does.
+
+        Raises:
+            CannotError: the family cannot generate.
+        """
+        self._spec.refuse("generate", "generate(...)")
+        return super().generate(*inputs, invoker_args=invoker_args, **kwargs)
 
     @property
     def input_ids(self) -> Any:

@@ -75,9 +75,19 @@ class Probe:
         vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         device = next(module.parameters()).device
         ids = (torch.arange(BATCH * POSITIONS, device=device).reshape(BATCH, POSITIONS) * 7 + 3) % vocabulary
+        given: dict[tuple[torch.nn.Module, str], Any] = {}
         with _evaluating(module), torch.no_grad():
-            self._kept, output = collect(lambda: module(input_ids=ids), self._modules.values())
+            self._kept, output = collect(lambda: module(input_ids=ids), self._modules.values(), given)
         self.logits: torch.Tensor = logits_of(output)
+        #: Modules into whose output the model wrote after they had given it.
+        self.written_over = tuple(path for path in self._modules if self._is_changed(path, given))
+
+    def _is_changed(self, path: str, given: dict[tuple[torch.nn.Module, str], Any]) -> bool:
+        key = (self._modules[path], "output")
+        if key not in given:
+            return False
+        one, other = first_tensor(given[key]), first_tensor(self._kept[key])
+        return not torch.equal(one.nan_to_num(), other.nan_to_num())
 
     def input(self, path: str) -> torch.Tensor:
         """The first tensor that the module at ``path`` took."""
@@ -100,7 +110,7 @@ class Probe:
 def _paths(layer: LayerPlan) -> set[str]:
     """Every module that takes part in what is promised of a layer."""
     fields = ("input", "output", "contribution", "norm", "stream", "sum_norm")
-    return {layer.path} | {path for part in layer.parts for name in fields if (path := getattr(part, name))}
+    return {layer.input, layer.output} | {path for part in layer.parts for name in fields if (path := getattr(part, name))}
 
 
 @contextmanager
@@ -135,6 +145,10 @@ def validate(
         ValidationError: names the first promise that does not hold, the line that makes it, and what was seen.
     """
     probe = Probe(module, plan)
+    for path in probe.written_over:
+        if path not in plan.written_over:
+            promise = f"what {path} gives stays as it is, as `written_over` does not list it"
+            raise ValidationError(spec.where("written_over"), promise, "the model writes into it later", spec.family)
     with _evaluating(module), torch.no_grad():
         for row in _Table(probe, plan, spec, getattr(module, "config", None), sizes).rows(unembed):
             wrong = None if row.kind in spec.cannot else row.disagreement()
@@ -165,7 +179,7 @@ class _Table:
         if spec.embedding_multiplier:
             promise = f"layers_input[0] is token_embeddings * {spec.embedding_multiplier.text}"
             value = times(spec.embedding_multiplier, probe.output(plan.embed[-1]), self.config)
-            yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].path), value)
+            yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].input), value)
         for index, layer in enumerate(plan.layers):
             yield from self._shapes(index, layer)
             if "contributions" not in spec.cannot:
@@ -173,20 +187,20 @@ class _Table:
         for index, (layer, following) in enumerate(zip(plan.layers, plan.layers[1:], strict=False)):
             promise = f"layers_output[{index}] is layers_input[{index + 1}]"
             origin = self._said("layers")
-            yield Row("chain", promise, origin, probe.input(following.path), probe.output(layer.path))
+            yield Row("chain", promise, origin, probe.input(following.input), probe.output(layer.output))
         logits = (BATCH, POSITIONS, self.sizes.vocab_size)
         yield Row("logits", "logits is (batch, position, vocab)", spec.where("dimensions.vocab_size"), probe.logits, logits)
         if "project_on_vocab" not in spec.cannot:
             yield from self._unembedding(unembed)
 
     def _shapes(self, index: int, layer: LayerPlan) -> Iterator[Row]:
-        places: list[tuple[str, str, str, Any]] = [("layers_input", "modules.layers", layer.path, self.probe.input)]
+        places: list[tuple[str, str, str, Any]] = [("layers_input", "modules.layers", layer.input, self.probe.input)]
         for part in layer.parts:
             name = PART_NAMES.get(part.kind, "mixers")
             origin = f"layer.{part.kind}"
             places += [(f"{name}_input", origin, part.input, self.probe.input)]
             places += [(f"{name}_output", origin, part.output, self.probe.output)]
-        places += [("layers_output", "modules.layers", layer.path, self.probe.output)]
+        places += [("layers_output", "modules.layers", layer.output, self.probe.output)]
         for name, origin, path, see in places:
             kind = name.partition("_")[0]
             if kind in self.spec.cannot:
@@ -198,7 +212,7 @@ class _Table:
     def _sum(self, index: int, layer: LayerPlan) -> Iterator[Row]:
         """The residual stream through one layer: what comes in, what is added, what the stream's own norms make of it."""
         probe = self.probe
-        value = start = probe.input(layer.path)
+        value = start = probe.input(layer.input)
         for part in layer.parts:
             origin = self.spec.where(f"layer.{part.kind}")
             name = part.kind.replace("_", " ")
@@ -224,11 +238,11 @@ class _Table:
                 yield row(promise, probe.input(part.sum_norm), value)
                 value = probe.output(part.sum_norm)
         promise = f"layers_output[{index}] is layers_input[{index}] + the contributions of its parts"
-        yield Row("contributions", promise, self.spec.where("layer"), probe.output(layer.path), value)
+        yield Row("contributions", promise, self.spec.where("layer"), probe.output(layer.output), value)
 
     def _unembedding(self, unembed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Row]:
         plan, probe, spec = self.plan, self.probe, self.spec
-        last = value = self.stream.view(probe.output(plan.layers[-1].path))
+        last = value = self.stream.view(probe.output(plan.layers[-1].output))
         origin = spec.where("logits" if spec.logits.softcap or spec.logits.multiplier else "unembed")
         promise = "logits is what project_on_vocab makes of the last layer's output"
         whole = Row("project_on_vocab", promise, origin, probe.logits, unembed(last))
