@@ -1,0 +1,77 @@
+"""Every family keeps every promise, or its specification says why it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nnterp.errors import CannotError, MissingPartError
+from nnterp.spec import PROMISES as NAMED
+from tests.matrix import table
+from tests.matrix.models import MODEL_TYPES, Case, read_json
+from tests.matrix.promises import PROMISES, restored
+
+
+def test_the_table_has_every_promise_that_a_specification_may_take_back() -> None:
+    assert set(PROMISES) == set(NAMED)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_promise(model_type: str) -> None:
+    case = Case(model_type)
+    outcome, broken = table.outcome(case)
+    assert not broken, "\n".join(broken)
+    assert outcome == table.results()[model_type], "the table is stale: python -m tests.matrix.table"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "overrides"), table.SIZES, ids=table.SIZE_IDS)
+def test_other_sizes(model_type: str, overrides: dict[str, Any]) -> None:
+    """Grouped heads, tied embeddings, other widths and depths: nothing fits one size only."""
+    case = Case(model_type, **overrides)
+    _, broken = table.outcome(case)
+    assert not broken, "\n".join(broken)
+    heads = case.model.num_heads
+    assert case.model.num_layers == case.num_layers == len(case.model.layers_output)
+    assert heads == 0 or case.model.num_kv_heads in range(1, heads + 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model_type", "promise"), [("gpt2", "layers"), ("llama", "mlps"), ("jamba", "mixers"), ("opt", "logits")]
+)
+def test_a_broken_promise_would_be_seen(model_type: str, promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(model_type)
+    facts = read_json("modules.json")[model_type]
+    # The truth is read one layer further down, or from a model that has moved on.
+    if promise == "logits":
+        case.logits.add_(1)
+    else:
+        name = {"layers": "layers", "mlps": "mlp", "mixers": "mixer"}[promise]
+        wrong = [dict(each) for each in facts["parts"]]
+        wrong[0], wrong[1] = wrong[1], wrong[0]
+        path = facts["layers"] + ".0" if name == "layers" else facts["layers"]
+        case.facts = {**facts, "layers": path if name == "layers" else facts["layers"] + ".0", "parts": wrong}
+    with pytest.raises((AssertionError, AttributeError)):
+        PROMISES[promise](case)
+    restored(Case(model_type))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_had_is_refused_with_the_reason() -> None:
+    case = Case("reformer")
+    reason = case.spec.cannot["skip"]
+    with pytest.raises(CannotError) as refused:
+        with case.model.trace(case.ids):
+            case.model.skip_layer(1)
+    assert reason in str(refused.value) and "reformer.yaml:" in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_without_attention_says_what_it_has_instead() -> None:
+    case = Case("jamba")
+    with pytest.raises(MissingPartError, match=r"state-space mixer instead, which mixers_output\[0\] reads"):
+        with case.model.trace(case.ids):
+            case.model.attentions_output[0].save()
