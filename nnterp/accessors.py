@@ -229,7 +229,7 @@ class ValueAccess(Layers):
         name: str,
         places: tuple[Place | None, ...],
         why_not: tuple[str, ...],
-        shape: StreamShape = StreamShape(),  # noqa: B008 - frozen
+        shape: StreamShape = StreamShape(),
     ) -> None:
         super().__init__(name, len(places))
         self.shape = shape

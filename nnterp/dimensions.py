@@ -60,9 +60,9 @@ def dimensions(spec: ArchitectureSpec, config: Mapping[str, Any] | Any, user: Re
             )
         return value
 
-    hidden = needed("hidden_size")
     # Without attention there are no heads to count.
     heads = needed("num_heads") if spec.layer.attention else 0
+    hidden = needed("hidden_size")
     return Dimensions(
         num_layers=needed("num_layers"),
         num_heads=heads,

@@ -1,6 +1,7 @@
 """Numbers that a model multiplies by, written as a product of config keys: `1 / logits_scaling`.
 
-read_multiplier(place).value({"scale_depth": 1.4, "num_hidden_layers": 4})      # 0.7, for scale_depth / sqrt(num_hidden_layers)
+# for scale_depth / sqrt(num_hidden_layers)
+read_multiplier(place).value({"scale_depth": 1.4, "num_hidden_layers": 4})      # 0.7
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from nnterp.conditions import config_value
 from nnterp.spec_reader import Place
 
 __all__ = ["Multiplier", "number", "read_multiplier", "times"]
+
 
 def number(name: str, config: Mapping[str, Any] | Any) -> float | None:
     """A number, or the value of a config key; None where the config has none."""

@@ -108,7 +108,11 @@ class _Finder:
     def layer(self, layers: str | None, index: int, num_layers: int) -> LayerPlan:
         """One layer's parts."""
         spec = self.spec.layer
-        ends = [join(layers, str(index))] * 2 if layers else [each[0].replace("*", str(index)) for each in (spec.input, spec.output)]
+        ends = (
+            [join(layers, str(index))] * 2
+            if layers
+            else [each[0].replace("*", str(index)) for each in (spec.input, spec.output)]
+        )
         path = ends[0]
         for end in ends:
             if end not in self.paths:
@@ -129,7 +133,7 @@ class _Finder:
         for index, part in enumerate(spec.also_added):
             more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
             parts += [each for each in more if each.contribution not in contributions]
-        return LayerPlan(path, *ends, parts=tuple(parts), router=self._first(spec.router, path))
+        return LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path))
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""
@@ -270,7 +274,7 @@ class _Finder:
 
 
 def _inside(layer: str, path: str) -> str:
-    """The full path of what a layer has under ``path``; with a star, the path is the model's, and the star the index."""
+    """The full path of what a layer has under ``path``; with a star, it is the model's, and the star the index."""
     return path.replace("*", layer.rpartition(".")[2]) if "*" in path else join(layer, path)
 
 

@@ -246,16 +246,16 @@ class ArchitectureSpec:
         return _build(base, self.source, "")
 
 
-ROLES = tuple(field.name for field in dataclasses.fields(Modules))
+ROLES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Modules))
 #: Parts that a family, or some of its layers, may lack, if the file says why.
-PARTS = (*ROLES, "attention", "mlp")
-VARYING = (
+PARTS: tuple[str, ...] = (*ROLES, "attention", "mlp")
+VARYING: tuple[str, ...] = (
     *("modules", "layer", "layout", "embed", "unembed", "embedding_multiplier", "logits", "stream", "dimensions"),
     *("written_over", "positions_follow"),
     *("absent", "cannot"),
 )
 #: What is promised of every family, by the names that `cannot` uses.
-PROMISES = (
+PROMISES: tuple[str, ...] = (
     *("layers", "attentions", "mlps", "mixers", "token_embeddings", "logits"),
     *("chain", "contributions", "project_on_vocab"),
     *("steer", "skip", "generate", "cache", "gradients", "padding"),

@@ -15,8 +15,8 @@ from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
 from nnsight_core.tracer import Tracer
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
-from nnterp.conditions import config_value
 from nnterp.architectures import spec_for, spec_from_file
+from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
 from nnterp.residual_stream import ResidualStream

@@ -110,7 +110,9 @@ class Probe:
 def _paths(layer: LayerPlan) -> set[str]:
     """Every module that takes part in what is promised of a layer."""
     fields = ("input", "output", "contribution", "norm", "stream", "sum_norm")
-    return {layer.input, layer.output} | {path for part in layer.parts for name in fields if (path := getattr(part, name))}
+    return {layer.input, layer.output} | {
+        path for part in layer.parts for name in fields if (path := getattr(part, name))
+    }
 
 
 @contextmanager
@@ -189,7 +191,9 @@ class _Table:
             origin = self._said("layers")
             yield Row("chain", promise, origin, probe.input(following.input), probe.output(layer.output))
         logits = (BATCH, POSITIONS, self.sizes.vocab_size)
-        yield Row("logits", "logits is (batch, position, vocab)", spec.where("dimensions.vocab_size"), probe.logits, logits)
+        yield Row(
+            "logits", "logits is (batch, position, vocab)", spec.where("dimensions.vocab_size"), probe.logits, logits
+        )
         if "project_on_vocab" not in spec.cannot:
             yield from self._unembedding(unembed)
 
@@ -207,10 +211,12 @@ class _Table:
                 continue
             said = self.plan.origins.get(origin) or self.spec.where(origin)
             shape, seen = self.stream if kind == "layers" else self.parts, see(path)
-            yield Row(kind, f"{name}[{index}] is ({shape.named})", said, seen, shape.sizes(BATCH, POSITIONS, seen.shape))
+            yield Row(
+                kind, f"{name}[{index}] is ({shape.named})", said, seen, shape.sizes(BATCH, POSITIONS, seen.shape)
+            )
 
     def _sum(self, index: int, layer: LayerPlan) -> Iterator[Row]:
-        """The residual stream through one layer: what comes in, what is added, what the stream's own norms make of it."""
+        """The residual stream through one layer: what comes in, what is added, what its own norms make of it."""
         probe = self.probe
         value = start = probe.input(layer.input)
         for part in layer.parts:
@@ -243,7 +249,8 @@ class _Table:
     def _unembedding(self, unembed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Row]:
         plan, probe, spec = self.plan, self.probe, self.spec
         last = value = self.stream.view(probe.output(plan.layers[-1].output))
-        origin = spec.where("logits" if spec.logits.softcap or spec.logits.multiplier else "unembed")
+        steps = [f"logits.{name}" for name in ("softcap", "multiplier") if getattr(spec.logits, name)]
+        origin = spec.where(steps[0] if steps else "unembed")
         promise = "logits is what project_on_vocab makes of the last layer's output"
         whole = Row("project_on_vocab", promise, origin, probe.logits, unembed(last))
         if whole.disagreement():

@@ -1,6 +1,7 @@
 """The truth: what plain PyTorch hooks read in a model, and what it gives when they change something.
 
-Nothing here imports the engine or the specifications. What is read is copied at once: some models go on to write into it.
+Nothing here imports the engine or the specifications. What is read is copied at once: some models go on to write into
+it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tests.oracle import put, tensor_paths
 from tests.oracle import get as get_at
+from tests.oracle import put, tensor_paths
 
 #: A module's path and "input" or "output".
 Place = tuple[str, str]

@@ -5,8 +5,8 @@
     case.model                  # the same under standard names
 
 ``configs.json`` holds a configuration for each model type that `AutoModelForCausalLM` knows and that runs on a CPU,
-``modules.json`` what is what in the model that it makes: the embedding, the list of layers, and for each layer the modules
-that take and give what attention, mixer and MLP do. It was written down from models watched with hooks and from their
+``modules.json`` what is what in the model that it makes: the embedding, the list of layers, and for each layer the
+modules that take and give what attention, mixer and MLP do. It was written down from models watched with hooks and from their
 source files, without a look at the specifications.
 """
 
@@ -70,7 +70,7 @@ class Case:
     def __init__(self, model_type: str, **overrides: Any) -> None:
         self.model_type = model_type
         self.module = tiny_model(model_type, **overrides)
-        self.facts = read_json("modules.json")[model_type]
+        self.facts: dict[str, Any] = copy.deepcopy(read_json("modules.json")[model_type])
         generator = torch.Generator().manual_seed(1)
         #: Token ids of shape (batch, position); none is a special one.
         self.ids = torch.randint(5, 320, (2, 12), generator=generator)

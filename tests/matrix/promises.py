@@ -2,8 +2,8 @@
 
     PROMISES["steer"](Case("llama"))
 
-Each compares what a user of the standard names gets with what plain hooks on the untouched model give, bit for bit where
-the two do the same sum. The names are those of `nnterp.spec.PROMISES`.
+Each compares what a user of the standard names gets with what plain hooks on the untouched model give, bit for bit
+where the two do the same sum. The names are those of `nnterp.spec.PROMISES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests import leaks
 from tests.matrix import hooks
 from tests.matrix.models import Case
 
-#: How the tensors of these models look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
+#: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
 VIEWS: dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]] = {
     ("gemma3n_text", "layers"): lambda tensor: tensor.movedim(0, 2),
     ("qwen4_exp", "layers"): lambda tensor: tensor.unflatten(-1, (4, 64)),
@@ -237,7 +237,7 @@ def skip(case: Case) -> None:
 
 def generate(case: Case) -> None:
     """Steering at every step of a generation."""
-    options: dict[str, Any] = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     ids, index = case.ids[:1], case.num_layers // 2
     mask = torch.ones_like(ids)
     module: Any = case.module

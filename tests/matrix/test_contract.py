@@ -31,6 +31,12 @@ def test_every_promise(model_type: str) -> None:
 def test_other_sizes(model_type: str, overrides: dict[str, Any]) -> None:
     """Grouped heads, tied embeddings, other widths and depths: nothing fits one size only."""
     case = Case(model_type, **overrides)
+    for name, fact in table.FACTS.get(table.SIZE_IDS[table.SIZES.index((model_type, overrides))], {}).items():
+        if name == "mlp":
+            for row in case.facts["parts"]:
+                row["mlp"] = fact
+        else:
+            case.facts[name] = fact
     _, broken = table.outcome(case)
     assert not broken, "\n".join(broken)
     heads = case.model.num_heads

@@ -78,7 +78,8 @@ def test_an_architecture_that_no_file_serves(tmp_path: Path) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=64)
-    with pytest.raises(UnknownArchitectureError, match="bloom") as caught:
+    config.model_type = "bloomier"
+    with pytest.raises(UnknownArchitectureError, match="bloomier") as caught:
         StandardizedTransformer(BloomForCausalLM(config))
     assert isinstance(caught.value, NnterpError)
 
