@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.sites import Site
+
+#: Which part of a value is to be shown: ``get(whole)`` finds it, ``put(whole, part)`` gives the whole with another.
+View = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 
 
 class Asked:
@@ -50,6 +53,17 @@ class Asked:
         self.otherwise = otherwise
         self.setting = setting
         self.written_over = written_over
+
+    def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
+        """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is
+        under way, None where steps are not counted.
+        """
+        each: Asked | None = self
+        while each is not None:
+            if each.module is module and each.kind == kind and (step is None or each.step is None or each.step == step):
+                return True
+            each = each.otherwise
+        return False
 
 
 class Client(Protocol):

@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 
-from nnsight_core.asked import Asked
+from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
-from nnsight_core.events import Event
+from nnsight_core.events import Event, Origin
 from nnsight_core.gradients import GradientTape
-from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
+from nnsight_core.interleaver import ForwardPass, Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
-from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from nnsight_core.tape import Recorder, Tape, TapeClient
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A call of the model, ready to be made.
 
@@ -66,13 +65,13 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
-        self.scope.inputs = {} if call is None else call.kwargs
+        self.scope.give_inputs({} if call is None else call.kwargs)
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
-        self._steps_of: dict[torch.nn.Module, int] = {}
+        self._steps_of: dict[torch.nn.Module, int] | None = None
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -87,28 +86,41 @@ class Part:
 
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of."""
-        return max(self.step, self._steps_of.get(module, 0))
+        return self.step if self._steps_of is None else max(self.step, self._steps_of.get(module, 0))
 
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
-        self._steps_of[module] = self.step_of(module) + 1
+        step = self.step_of(module) + 1
+        self._steps_of = {**(self._steps_of or {}), module: step}
 
-    def ask(self, asked: Asked) -> Proxy:
-        """The value asked for: present if this body runs live, else pending."""
+    def ask(self, asked: Asked, view: View | None = None) -> Any:
+        """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
         if self.live is None:
             assert self.tape is not None
-            return self.tape.ask(asked)
-        return self.proxy(self.live.ask(asked))
+            whole = self.tape.ask(asked)
+            return whole if view is None else whole.as_part(*view)
+        return self.proxy(self.live.ask(asked), view)
 
-    def proxy(self, event: Event) -> Proxy:
-        """The proxy of what ``event`` gives, cut to this body's rows."""
-        origin = event.origin(self.rows)
-        if self.rows is not None and self._wants_gradients() and torch.is_grad_enabled():
+    def proxy(self, event: Event, view: View | None = None) -> Any:
+        """The proxy of what ``event`` gives, cut to this body's rows, or of the part that ``view`` shows."""
+        if view is not None:
+            return self._part(event, *view)
+        is_call, rows = event.kind != "output", self.rows
+        if rows is None:
+            return self.scope.proxy(event.value, event, is_call, event.site)
+        part = rows.take(event.value)
+        if torch.is_grad_enabled() and self._wants_gradients():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
-            cut = self.rows.take(event.value)
-            event.put(self.rows.put(event.value, cut))
-            return self.scope.proxy(cut, origin, is_call=event.kind != "output")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
+            event.write(rows.put(event.value, part))
+        return self.scope.proxy(part, event.origin(rows), is_call, event.site)
+
+    def _part(self, event: Event, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        if self.rows is not None:
+            return self.proxy(event).as_part(get, put)
+        # The whole value has no proxy that anybody could have, so none is made for it.
+        read, write = event.read, event.write
+        origin = Origin(event, lambda: get(read()), lambda part: write(put(read(), part)))
+        return self.scope.wrap(get(event.value), origin, event.site)
 
     def _wants_gradients(self) -> bool:
         return self.tape is None or self.tape.mentions("grad")
@@ -118,7 +130,7 @@ class Part:
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.inputs = batch.kwargs if self.rows is None else self.rows.take(batch.kwargs)
+        self.scope.give_inputs(batch.kwargs, self.rows)
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]
@@ -139,9 +151,9 @@ class Pass:
         def run() -> Any:
             return result(call.function(*call.args, **call.kwargs))
 
-        witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
-        self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
-        self.forward: ForwardPass = self.interleaver.own()
+        observe = partial(observed_order, root, call.args, call.kwargs)
+        self.forward = ForwardPass(run)
+        self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None)
         self.parts = parts
         self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
@@ -175,14 +187,14 @@ class Pass:
         """Run to the end; gives the bodies that could not be done in this pass."""
         try:
             self.interleaver.finish()
+            undone = {part: client for part, client in self._by_part.items() if not client.done}
+            if self.interleaver.stopped_at is not None:
+                for client in undone.values():
+                    if client.waits_for is not None:
+                        raise self.interleaver.missing(client, client.waits_for)
+            return list(undone)
         finally:
             self._drop()
-        undone = {part: client for part, client in self._by_part.items() if not client.done}
-        if self.interleaver.stopped_at is not None:
-            for client in undone.values():
-                if client.waits_for is not None:
-                    raise self.interleaver.missing(client, client.waits_for)
-        return list(undone)
 
     def unwind(self) -> None:
         """Leave the pass where it stands."""
@@ -198,3 +210,6 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
+        # Those who run tapes know one another, and the collector alone could take that apart.
+        self._clients.clear()
+        self._by_part.clear()

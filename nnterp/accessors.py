@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from nnsight_core.arguments import is_same_value
 from nnsight_core.envoy import Envoy
-from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
+from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
 from nnterp.spec import USUAL_AXES, ArchitectureSpec
@@ -107,10 +108,9 @@ class Place:
     shape: StreamShape = StreamShape()
 
 
-def read(root: Envoy, place: Place, setting: bool = False) -> Any:
+def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = None) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
     scope = root.open_scope(place.label)
-    whole: Proxy = root.get(place.path).read(place.kind, place.label, setting)
 
     def get(value: Any) -> Any:
         return _by_prompt(place.shape.view(place.get(value)), scope)
@@ -119,7 +119,7 @@ def read(root: Envoy, place: Place, setting: bool = False) -> Any:
         old = place.get(value)
         return place.put(value, place.shape.put(old, part).reshape(old.shape))
 
-    part = whole.as_part(get, put)
+    part = root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
     if not place.shape.is_usual or _is_reshaped(part):
         # Gradients reach what the model goes on with, and of a view that has to be the view itself.
         part.update_value(_itself)
@@ -143,7 +143,10 @@ def write(root: Envoy, place: Place, value: Any) -> None:
     Raises:
         ShapeError: ``value`` has another shape than what stands there.
     """
-    read(root, place, setting=True).update_value(_fitted, place.label, value)
+    current = read(root, place, setting=True)
+    # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.
+    if not is_same_value(current, value):
+        current.update_value(_fitted, place.label, value)
 
 
 def _fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:
@@ -255,7 +258,7 @@ class ValueAccess(Layers):
         return self._root.get(self.place(layer).path)
 
     def __getitem__(self, layer: int) -> Any:
-        return read(self._root, self.place(layer))
+        return read(self._root, self.place(layer), site=user_site())
 
     __call__ = __getitem__
 
@@ -264,7 +267,6 @@ class ValueAccess(Layers):
         return replace(self.place(layer), shape=StreamShape())
 
     def __setitem__(self, layer: int, value: Any) -> None:
-        # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.
         write(self._root, self.place(layer), value)
 
 

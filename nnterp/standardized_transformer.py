@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
 from nnsight_core.passes import Call
@@ -131,6 +132,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         return StreamShape.of(what, self._spec, self.config, self.hidden_size)
 
     def _add_accessor(self, name: str, parts: tuple[PartPlan | None, ...], shape: StreamShape) -> None:
+        # Were they to hold the model itself, which holds them, only the garbage collector could free it.
+        root = Envoy(self._module, "", self._tree)
         reasons = tuple(self._why_not(name, index) for index in range(len(parts)))
         if name in self._spec.cannot:
             parts = (None,) * len(parts)
@@ -139,10 +142,10 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
                 Place(getattr(part, kind), kind, f"{name}_{kind}[{index}]", shape=shape) if part else None
                 for index, part in enumerate(parts)
             )
-            setattr(self, f"{name}_{kind}", ValueAccess(self, f"{name}_{kind}", places, reasons, shape))
+            setattr(self, f"{name}_{kind}", ValueAccess(root, f"{name}_{kind}", places, reasons, shape))
         if name != "layers":
             modules = tuple(part.module if part else None for part in parts)
-            setattr(self, name, ModuleAccess(self, name, modules, reasons))
+            setattr(self, name, ModuleAccess(root, name, modules, reasons))
 
     def _why_not(self, name: str, index: int) -> str:
         """Why a layer has no such part, or none that can be read."""

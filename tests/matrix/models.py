@@ -6,8 +6,8 @@
 
 ``configs.json`` holds a configuration for each model type that `AutoModelForCausalLM` knows and that runs on a CPU,
 ``modules.json`` what is what in the model that it makes: the embedding, the list of layers, and for each layer the
-modules that take and give what attention, mixer and MLP do. It was written down from models watched with hooks and from their
-source files, without a look at the specifications.
+modules that take and give what attention, mixer and MLP do. It was written down from models watched with hooks and from
+their source files, without a look at the specifications.
 """
 
 from __future__ import annotations

@@ -130,15 +130,15 @@ HEAD = """\
 # Families
 
 Every model type that `AutoModelForCausalLM` of transformers knows and that runs on a CPU, what it is made of and what
-is promised of it. This file is made by `python -m tests.matrix.table` from the specifications in `architectures/` and from
-what `tests/matrix/` sees when it runs a tiny random model of each type; do not edit it.
+is promised of it. This file is made by `python -m tests.matrix.table` from the specifications in `architectures/` and
+from what `tests/matrix/` sees when it runs a tiny random model of each type; do not edit it.
 
 `+` the promise holds, `.` the family has no such part, `no` it cannot hold: the reason is below the table, and what is
 asked for raises an error that gives it.
 
 | | promise |
 |---|---|
-| layers, attn, mlp, mixer | `layers_input/_output`, `attentions_`, `mlps_`, `mixers_` as well: what plain hooks read, bit for bit |
+| layers, attn, mlp, mixer | `layers_input/_output` and their kin read what plain hooks read, bit for bit |
 | | what is written gives the logits that hooks give; writing back what was read changes nothing |
 | embed, logits | the same for `token_embeddings` and `logits` |
 | chain | each layer's output is the next one's input |
