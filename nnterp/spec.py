@@ -258,7 +258,7 @@ VARYING: tuple[str, ...] = (
 PROMISES: tuple[str, ...] = (
     *("layers", "attentions", "mlps", "mixers", "token_embeddings", "logits"),
     *("chain", "contributions", "project_on_vocab"),
-    *("steer", "skip", "generate", "cache", "gradients", "padding"),
+    *("steer", "skip", "generate", "cache", "gradients", "padding", "invokes"),
 )
 
 

@@ -168,6 +168,11 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             self._spec.refuse("padding", "A batch of prompts of several lengths")
         return call
 
+    def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
+        if len(calls) > 1:
+            self._spec.refuse("invokes", "Several invokes in one pass")
+        return super()._combine(calls)
+
     def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
         """Open a trace of a generation, as :meth:`LanguageModel.generate` does.
 

@@ -312,6 +312,31 @@ def padding(case: Case) -> None:
         close(hidden[row, -len(prompt) :], view(case, "layers", truth)[0], f"layers_output of prompt {row}")
 
 
+def invokes(case: Case) -> None:
+    """Two inputs in one pass: each sees and changes what is its own."""
+    index = case.num_layers // 2
+    place, rows = case.layer(index), [case.ids[:1], case.ids[1:]]
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        part = view(case, "layers", tensor)
+        part += noise(part)
+        return tensor
+
+    truth = view(case, "layers", hooks.read(case.module, [place], rows[0])[place])
+    added = noise(truth)
+    with torch.no_grad(), case.model.trace() as tracer:
+        with tracer.invoke(rows[0]):
+            hidden = case.model.layers_output[index].save()
+            first = case.model.logits.save()
+        with tracer.invoke(rows[1]):
+            case.model.layers_output[index] += added
+            second = case.model.logits.save()
+    assert tracer.forward_passes == 1
+    close(hidden, truth, "layers_output in an invoke")
+    close(first, hooks.logits(case.module, rows[0]), "logits in an invoke")
+    close(second, hooks.changed_logits(case.module, place, change, rows[1]), "logits in an invoke that changes a layer")
+
+
 def restored(case: Case) -> None:
     """The plain model is what it was, to the bit, and nothing hangs on it."""
     assert not leaks.hooks_on([case.module])
@@ -333,4 +358,5 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     "cache": cache,
     "gradients": gradients,
     "padding": padding,
+    "invokes": invokes,
 }

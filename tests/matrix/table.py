@@ -123,6 +123,7 @@ HEADINGS = {
     "cache": "cache",
     "gradients": "grad",
     "padding": "pad",
+    "invokes": "batch",
 }
 SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
 
@@ -149,6 +150,7 @@ asked for raises an error that gives it.
 | cache | `tracer.cache` finds a layer under its own name and the standard ones |
 | grad | the gradient of a layer's output is the one that plain autograd gives |
 | pad | prompts of several lengths in one batch give what each gives alone |
+| batch | of several invokes in one pass each reads and changes what is its own |
 
 In all of them, the model afterwards is what it was, to the bit, and no hook is left on it.
 
