@@ -82,6 +82,7 @@ class _Finder:
         self.user = user
         self.origins: dict[str, str] = {}
         self._found_in_a_layer: set[str] = set()
+        self._is_whole = True
         self._endings: dict[str, list[str]] = {}
 
     def modules(self) -> dict[str, str | None]:
@@ -133,7 +134,8 @@ class _Finder:
         for index, part in enumerate(spec.also_added):
             more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
             parts += [each for each in more if each.contribution not in contributions]
-        return LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path))
+        is_whole, self._is_whole = self._is_whole, True
+        return LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path), is_whole)
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""
@@ -179,6 +181,7 @@ class _Finder:
         said = as_list(getattr(self.user, field)) if field else []
         self.origins[where] = self._argument(field) if said else self.spec.where(where)
         if ignored:
+            self._is_whole = self._is_whole and part is None
             return []
         for name in said:
             found = self._matches(name, layer)
@@ -194,6 +197,7 @@ class _Finder:
         if there is None:
             # Where the user named the part, layers may differ: this one has it under neither name.
             if said or optional:
+                self._is_whole = self._is_whole and optional
                 return []
             self._require(_inside(layer, ends[0]), where, f"the {kind.replace('_', ' ')} of a layer")
         return [self._around(layer, kind, part, None, where)]

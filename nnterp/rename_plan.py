@@ -85,6 +85,8 @@ class LayerPlan:
     output: str
     parts: tuple[PartPlan, ...]
     router: str | None = None
+    #: Whether all parts of the specification are among `parts`: the user may have said to leave some out.
+    is_whole: bool = True
 
     def part(self, kind: str) -> PartPlan | None:
         """The part of a kind, None where the layer has none."""

@@ -184,7 +184,7 @@ class _Table:
             yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].input), value)
         for index, layer in enumerate(plan.layers):
             yield from self._shapes(index, layer)
-            if "contributions" not in spec.cannot:
+            if "contributions" not in spec.cannot and layer.is_whole:
                 yield from self._sum(index, layer)
         for index, (layer, following) in enumerate(zip(plan.layers, plan.layers[1:], strict=False)):
             promise = f"layers_output[{index}] is layers_input[{index + 1}]"

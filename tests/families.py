@@ -37,10 +37,10 @@ GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi")
 
 #: How each of these is told in the config.
 WIDTH_AND_DEPTH: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 2},
-    "opt": {"hidden_size": 48, "word_embed_proj_dim": 48, "num_attention_heads": 6, "num_hidden_layers": 2},
+    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 4},
+    "opt": {"hidden_size": 48, "word_embed_proj_dim": 48, "num_attention_heads": 6, "num_hidden_layers": 4},
 }
-DEFAULT_WIDTH_AND_DEPTH = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2}
+DEFAULT_WIDTH_AND_DEPTH = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 4}
 for _name in ("qwen2", "qwen3", "gemma2"):
     # The tiny configurations say what each of three layers is.
     WIDTH_AND_DEPTH[_name] = {**DEFAULT_WIDTH_AND_DEPTH, "layer_types": None}

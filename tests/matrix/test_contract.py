@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nnterp.errors import CannotError, MissingPartError
+from nnterp import StandardizedTransformer
+from nnterp.architectures import specs_folder
+from nnterp.errors import CannotError, MissingPartError, ValidationError
 from nnterp.spec import PROMISES as NAMED
-from tests.matrix import table
+from tests.matrix import hooks, table
 from tests.matrix.models import MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -81,3 +85,26 @@ def test_a_layer_without_attention_says_what_it_has_instead() -> None:
     with pytest.raises(MissingPartError, match=r"state-space mixer instead, which mixers_output\[0\] reads"):
         with case.model.trace(case.ids):
             case.model.attentions_output[0].save()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", ["transformer.h.0.mlp", "transformer.h.0.mlp.dense_4h_to_h"])
+def test_what_a_model_writes_into_is_read_as_it_was(path: str) -> None:
+    """Falcon adds the attention into what the MLP gave; by the module's own name as well, it is what it was."""
+    case = Case("falcon")
+    truth = hooks.read(case.module, [(path, "output")], case.ids)[path, "output"]
+    with torch.no_grad(), case.model.trace(case.ids):
+        seen = case.model.get(path).output.save()
+        logits = case.model.logits.save()
+    assert torch.equal(seen, truth) and torch.equal(logits, case.logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_is_written_into_has_to_be_listed(tmp_path: Path) -> None:
+    text = (specs_folder() / "falcon.yaml").read_text(encoding="utf-8")
+    line = "written_over: [mlp, mlp.dense_4h_to_h]\n"
+    assert text.count(line) == 1
+    path = tmp_path / "falcon.yaml"
+    path.write_text(text.replace(line, ""), encoding="utf-8")
+    with pytest.raises(ValidationError, match="the model writes into it later"):
+        StandardizedTransformer(Case("falcon").module, spec=path)

@@ -249,18 +249,18 @@ def test_unknown_type_says_what_is_served() -> None:
         spec_for("gpt3")
     message = str(caught.value)
     assert "'gpt3'" in message
-    assert "Did you mean 'gpt2'" in message
-    assert "qwen3" in message and "architectures/README.md" in message and "spec_from_file(" in message
+    assert "Did you mean 'gpt" in message and "'gpt2'" in message
+    assert "afmoe" in message and "architectures/README.md" in message and "spec_from_file(" in message
     assert message.count("\n") < 12
 
 
 def test_a_users_own_file(tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
-    text = Path(spec_for("gpt2").source).read_text(encoding="utf-8")
-    own.write_text(text.replace("gpt2", "mine"), encoding="utf-8")
+    text = Path(spec_for("apertus").source).read_text(encoding="utf-8")
+    own.write_text(text.replace("apertus", "mine"), encoding="utf-8")
     spec = spec_from_file(own)
     assert spec.model_types == ("mine",)
-    assert spec.modules == spec_for("gpt2").modules
+    assert spec.modules == spec_for("apertus").modules
     assert spec.where("modules.layers") == f"{own}:6"
     assert spec_for("mine", tmp_path) == spec
 
