@@ -253,7 +253,7 @@ class PlainCalls:
 @contextmanager
 def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
     """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
-    with _observing(modules, lambda module, kind, value: seen.append((module, kind))):
+    with observing(modules, lambda module, kind, value: seen.append((module, kind))):
         yield
 
 
@@ -273,12 +273,14 @@ def collecting(
             if originals is not None:
                 originals[module, kind] = value
 
-    with _observing(modules, keep):
+    with observing(modules, keep):
         yield
 
 
 @contextmanager
-def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+def observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """While it lasts, ``note`` is called with (module, "input", (args, kwargs)) at the start of every call of
+    ``modules``, and with (module, "output", result) at its end."""
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         note(module, "input", (args, kwargs))
 

@@ -81,7 +81,7 @@ def _read(dimension: str, spec: ArchitectureSpec, config: Mapping[str, Any] | An
         return _positive(said, str(said), dimension, origin, config)
     keys = as_list(said) or getattr(spec.dimensions, dimension)
     for key in keys:
-        value = config_value(config, key)
+        value = int(key) if key.isdecimal() else config_value(config, key)
         if value is not None:
             return _positive(value, key, dimension, origin, config)
     if said is not None:

@@ -365,3 +365,10 @@ class TopCountError(UsageError, ValueError):
 
     def __init__(self, k: int, vocab_size: int) -> None:
         super().__init__(f"The {k} most probable tokens were asked for.\nGive a number from 1 to {vocab_size}.")
+
+
+class LayersNotFoundError(UnknownArchitectureError):
+    """No specification serves a model, and its layers cannot be told from its other modules."""
+
+    def __init__(self, model: str, lists: dict[str, int], asked: str | None) -> None: 
+        Exception.__init__(self, f"{model}: {lists} {asked}")

@@ -30,8 +30,8 @@ from nnterp.spec_reader import (
     compose,
     key,
     merge,
+    read_keys,
     read_name,
-    read_names,
     read_path_or_null,
     read_paths,
     read_some_names,
@@ -54,7 +54,7 @@ __all__ = [
 
 
 USUAL_AXES = ("batch", "position", "hidden")
-KEY = "a config key, or a list of them"
+KEY = "a config key, a list of them, or the number itself"
 
 
 def _axes(place: Place) -> tuple[str, ...]:
@@ -121,15 +121,15 @@ class Stream:
 class DimensionKeys:
     """For each dimension the config keys that may hold it; the first that is there and not null wins."""
 
-    num_layers: tuple[str, ...] = key(read_names, KEY, _keys("num_hidden_layers"))
+    num_layers: tuple[str, ...] = key(read_keys, KEY, _keys("num_hidden_layers"))
     #: Needed where there is attention.
-    num_heads: tuple[str, ...] = key(read_names, KEY, _keys("num_attention_heads"))
-    hidden_size: tuple[str, ...] = key(read_names, KEY, _keys("hidden_size"))
-    vocab_size: tuple[str, ...] = key(read_names, KEY, _keys("vocab_size"))
+    num_heads: tuple[str, ...] = key(read_keys, KEY, _keys("num_attention_heads"))
+    hidden_size: tuple[str, ...] = key(read_keys, KEY, _keys("hidden_size"))
+    vocab_size: tuple[str, ...] = key(read_keys, KEY, _keys("vocab_size"))
     #: None of them set: as many as num_heads.
-    num_kv_heads: tuple[str, ...] = key(read_names, KEY, _keys("num_key_value_heads"))
+    num_kv_heads: tuple[str, ...] = key(read_keys, KEY, _keys("num_key_value_heads"))
     #: None of them set: hidden_size // num_heads.
-    head_dim: tuple[str, ...] = key(read_names, KEY, _keys("head_dim"))
+    head_dim: tuple[str, ...] = key(read_keys, KEY, _keys("head_dim"))
 
 
 @dataclasses.dataclass(frozen=True)

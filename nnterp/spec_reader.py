@@ -30,6 +30,7 @@ __all__ = [
     "key",
     "merge",
     "Place",
+    "read_keys",
     "read_name",
     "read_names",
     "read_path",
@@ -250,6 +251,12 @@ def read_name(place: Place) -> str:
     if not text.strip():
         raise place.error(f"`{place.path}` is empty.", found="''", expected="a name", mend="Write the name.")
     return text
+
+
+def read_keys(place: Place) -> tuple[str, ...]:
+    """A config key, several of which the first that is set wins, or the number itself."""
+    value = None if isinstance(place.node, yaml.SequenceNode) else place.scalar()
+    return (str(value),) if type(value) is int and value > 0 else read_names(place)
 
 
 def read_names(place: Place) -> tuple[str, ...]:

@@ -1,0 +1,139 @@
+"""From a model to the text of its specification: one probe, and each part of the text from what the probe saw."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nnterp.inference.config_keys import ConfigKeys
+from nnterp.inference.layer import LayerFinding, examine_layer
+from nnterp.inference.layers import LayersDescription, describe_layers
+from nnterp.inference.numbers import alike
+from nnterp.inference.probe import Probe, evaluating, run_probe
+from nnterp.inference.scales import find_scale, scale_between
+from nnterp.inference.sizes import find_sizes
+from nnterp.inference.skeleton import LayerList, Unembedding, find_embedding, find_layers, find_unembedding
+from nnterp.inference.stream import find_axes
+from nnterp.inference.writing import Findings, write_yaml
+from nnterp.rename_plan import RenameConfig
+from nnterp.spec import ArchitectureSpec, parse_spec
+
+__all__ = ["infer_spec", "infer_yaml"]
+
+#: What keys that hold such a number are called.
+RESIDUAL = ("residual", "scale", "mult", "alpha")
+EMBEDDING = ("emb", "scale", "mult", "hidden_size", "d_model")
+LOGITS = ("logit", "lm_head", "scale", "mult", "dim")
+
+
+def infer_spec(model: torch.nn.Module, user: RenameConfig | None = None) -> ArchitectureSpec:
+    """The specification of a model, by its structure alone.
+
+        infer_spec(model).layer.attention.module        # ('self_attn',)
+
+    Raises `LayersNotFoundError` where the layers cannot be told from other modules.
+    """
+    return parse_spec(infer_yaml(model, user), f"<inferred from {type(model).__name__}>")
+
+
+def infer_yaml(model: torch.nn.Module, user: RenameConfig | None = None) -> str:
+    """The same as text: a whole YAML file."""
+    return write_yaml(_findings(model, user or RenameConfig()))
+
+
+def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
+    probe = run_probe(model)
+    layers = find_layers(probe)
+    with evaluating(model):
+        parts = [examine_layer(call) for call in layers.calls]
+        description = describe_layers(parts)
+        embedding = find_embedding(probe, layers)
+        unembedding = find_unembedding(probe, layers)
+    keys = ConfigKeys(getattr(model, "config", None), near=layers.path)
+    paths = {
+        "embed_tokens": embedding[0].path if embedding else None,
+        "layers": layers.path,
+        "ln_final": unembedding.norm.path if unembedding.norm else None,
+        "lm_head": unembedding.head.path if unembedding.head else None,
+    }
+    roles = {path: role for role, path in paths.items() if path}
+    numbers, logits_fit = _numbers(probe, layers, embedding, unembedding, keys)
+    return Findings(
+        model_type=model_type(model),
+        modules=paths,
+        layers=description,
+        embed=tuple(roles.get(call.path, call.path) for call in embedding),
+        unembed=tuple(roles.get(call.path, call.path) for call in unembedding.chain),
+        numbers=numbers,
+        multipliers={
+            kind: product
+            for kind, part in description.parts.items()
+            if (product := keys.product(part.factor, RESIDUAL)) is not None
+        },
+        stream=find_axes(layers, parts),
+        dimensions=find_sizes(probe, layers, parts, keys),
+        absent=_absent(paths, description, unembedding),
+        cannot=_cannot(layers, description, unembedding, logits_fit),
+    )
+
+
+def model_type(model: torch.nn.Module) -> str:
+    """What a specification calls the model: its config's `model_type`, or its class in the same spelling."""
+    named = getattr(getattr(model, "config", None), "model_type", None)
+    return str(named) if named else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(model).__name__).lower()
+
+
+def _numbers(
+    probe: Probe, layers: LayerList, embedding: Sequence[Any], unembedding: Unembedding, keys: ConfigKeys
+) -> tuple[dict[str, str], bool]:
+    """The products that stand outside of modules, and whether the logits are what the last module gave, by them."""
+    numbers: dict[str, str | None] = {}
+    start = layers.calls[0].given
+    if embedding and start is not None:
+        factor = scale_between(embedding[-1].made, start)
+        numbers["embedding_multiplier"] = None if factor is None else keys.product(factor, EMBEDDING)
+    last = unembedding.chain[-1].made if unembedding.chain else None
+    if last is None or probe.logits is None:
+        return {key: value for key, value in numbers.items() if value}, False
+    scale = find_scale(last, probe.logits, keys)
+    if scale is not None:
+        numbers["logits.multiplier"] = keys.product(scale.factor * unembedding.factor, LOGITS)
+        numbers["logits.softcap"] = scale.cap_key or (f"{scale.cap:.6g}" if scale.cap else None)
+    return {key: value for key, value in numbers.items() if value}, scale is not None
+
+
+def _absent(paths: dict[str, str | None], layers: LayersDescription, unembedding: Unembedding) -> dict[str, str]:
+    """Why what was not found was not found."""
+    reasons = {
+        "embed_tokens": "No module takes the token ids and gives vectors for them.",
+        "ln_final": "Between the last layer and the head no norm runs.",
+        "lm_head": "No module gives numbers for each word of the vocabulary.",
+    }
+    absent = {role: reason for role, reason in reasons.items() if paths[role] is None}
+    if "attention" not in layers.parts:
+        absent["attention"] = "No module of a layer makes an attention pattern."
+    elif "attention" in layers.missing:
+        absent["attention"] = "Some layers have another way of moving things between positions."
+    if "mlp" not in layers.parts:
+        absent["mlp"] = "No module of a layer works on each position alone and adds to the stream."
+    elif "mlp" in layers.missing:
+        absent["mlp"] = "Some layers have none."
+    return absent
+
+
+def _cannot(
+    layers: LayerList, description: LayersDescription, unembedding: Unembedding, logits_fit: bool
+) -> dict[str, str]:
+    """Which promises do not hold, and what was seen instead."""
+    cannot = {}
+    handed = [alike(one.made, other.given) for one, other in zip(layers.calls, layers.calls[1:], strict=False)]
+    if not all(handed):
+        cannot["chain"] = f"Something happens to the stream between layer {handed.index(False)} and the next one."
+    if not description.adds_up:
+        cannot["contributions"] = "What the modules of a layer give does not add up to what the layer changes."
+    if not unembedding.chain or not logits_fit:
+        cannot["project_on_vocab"] = "The logits are made of more than modules give that take the last layer's output."
+    return cannot

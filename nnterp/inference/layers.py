@@ -1,0 +1,131 @@
+"""The parts of all layers in one description: layers of several kinds share it, as each names what it has.
+
+    kinds = describe_layers(findings)
+    kinds.parts["attention"].module       # ('self_attn',)
+
+Where layers differ, a place names several paths, and the first that a layer has is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from nnterp.inference.layer import LayerFinding, PartFinding
+from nnterp.inference.probe import Call
+
+__all__ = ["describe_layers", "LayersDescription", "PartDescription"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PartDescription:
+    """One part as a specification has it: for each place the paths from the layer, the first that is there first."""
+
+    module: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
+    output: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+    contribution: tuple[str, ...] = ()
+    sum_norm: tuple[str, ...] = ()
+    stream: tuple[str, ...] = ()
+    #: What tells this kind of part from others of the same path.
+    has: str | None = None
+    #: The number that what is added is multiplied by.
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayersDescription:
+    """What all layers have, by kind of part."""
+
+    parts: dict[str, PartDescription]
+    layout: str
+    router: tuple[str, ...]
+    #: The kinds that some layers lack.
+    missing: frozenset[str]
+    adds_up: bool
+
+
+def describe_layers(findings: Sequence[LayerFinding]) -> LayersDescription:
+    """One description of all the layers' parts."""
+    kinds = list(dict.fromkeys(part.kind for finding in findings for part in finding.parts))
+    parts = {kind: _describe(findings, kind) for kind in kinds}
+    parts = {kind: dataclasses.replace(part, has=_has(findings, kind, parts)) for kind, part in parts.items()}
+    factors = {part.added.factor for each in findings for part in each.parts if part.added}
+    consistent = all(len(_factors(findings, kind)) <= 1 for kind in kinds) or len(factors) <= 1
+    layouts = [finding.layout for finding in findings if finding.part("mlp")]
+    return LayersDescription(
+        parts=parts,
+        layout=max(set(layouts), key=layouts.count, default="sequential"),
+        router=_choice(findings, [finding.router for finding in findings]),
+        missing=frozenset(kind for kind in kinds if not all(finding.part(kind) for finding in findings)),
+        adds_up=consistent and all(finding.adds_up for finding in findings),
+    )
+
+
+def _factors(findings: Sequence[LayerFinding], kind: str) -> set[float]:
+    parts = [part for finding in findings if (part := finding.part(kind)) is not None]
+    return {part.added.factor for part in parts if part.added}
+
+
+def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
+    parts = [finding.part(kind) for finding in findings]
+
+    def choice(calls: Iterable[Call | None]) -> tuple[str, ...]:
+        return _choice(findings, list(calls))
+
+    def ends(part: PartFinding | None, call: Call | None) -> Call | None:
+        return None if part is None or call is part.module else call
+
+    return PartDescription(
+        module=choice(part and part.module for part in parts),
+        input=choice(ends(part, part and part.input) for part in parts),
+        output=choice(ends(part, part and part.output) for part in parts),
+        norm=choice(part and part.norm for part in parts),
+        contribution=_or_itself(choice(part and part.contribution for part in parts), choice, parts),
+        sum_norm=choice(part and part.added and part.added.after for part in parts),
+        stream=choice(part and part.added and part.added.before for part in parts),
+        factor=next(iter(_factors(findings, kind)), 1.0),
+    )
+
+
+def _or_itself(
+    paths: tuple[str, ...], choice: Callable[[Iterable[Call | None]], tuple[str, ...]], parts: list[PartFinding | None]
+) -> tuple[str, ...]:
+    """The same where some layers add what the part itself gives: that stands last, and is there everywhere."""
+    plain = [part.output for part in parts if part is not None and part.contribution is None]
+    return (*paths, *choice(part and part.output for part in parts)) if paths and plain else paths
+
+
+def _choice(findings: Sequence[LayerFinding], calls: Sequence[Call | None]) -> tuple[str, ...]:
+    """The paths of `calls`, one a layer, in an order in which the first that a layer has is its own."""
+    said = [
+        (finding, finding.flow.relative(call)) for finding, call in zip(findings, calls, strict=True) if call is not None
+    ]
+    paths = list(dict.fromkeys(path for _, path in said))
+
+    def goes_before(one: str, other: str) -> bool:
+        return any(path == one and _has_module(finding, other) for finding, path in said)
+
+    # What a layer takes although it has another stands before that other.
+    return tuple(sorted(paths, key=lambda path: sum(goes_before(other, path) for other in paths if other != path)))
+
+
+def _has_module(finding: LayerFinding, path: str) -> bool:
+    return path in {name for name, _ in finding.flow.layer.module.named_modules()}
+
+
+def _has(findings: Sequence[LayerFinding], kind: str, parts: dict[str, PartDescription]) -> str | None:
+    """A module that only this kind's has, where another kind of mixer has the same path."""
+    shared = [other for other in parts if other != kind and set(parts[other].module) & set(parts[kind].module)]
+    if not shared:
+        return None
+    own = _children(findings, (kind,))
+    others = set.union(*_children(findings, shared)) if _children(findings, shared) else set()
+    common = set.intersection(*own) - others
+    return min(common, key=lambda name: (name.count("."), len(name), name), default=None)
+
+
+def _children(findings: Sequence[LayerFinding], kinds: Iterable[str]) -> list[set[str]]:
+    modules = [part.module for finding in findings for part in finding.parts if part.kind in kinds and part.module]
+    return [{name for name, _ in call.module.named_modules() if name} for call in modules]

@@ -1,0 +1,193 @@
+"""The parts that a model has once, found in a probe: embeddings, the list of layers, and the way to the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from nnterp.errors import LayersNotFoundError
+from nnterp.inference.numbers import alike, is_norm, shaped_like
+from nnterp.inference.scales import scale_between
+from nnterp.inference.probe import BATCH, POSITIONS, Call, Probe
+
+#: What the module that makes the logits is called everywhere.
+HEAD = "lm_head"
+
+__all__ = ["find_embedding", "find_layers", "find_unembedding", "LayerList", "Unembedding"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerList:
+    """The list of layers: its path, and the first call of each."""
+
+    path: str
+    calls: tuple[Call, ...]
+    #: How often each layer was called.
+    rounds: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+    """The modules between the last layer and the logits, in turn."""
+
+    #: The whole way, with the final norm and the head; empty where it could not be followed.
+    chain: tuple[Call, ...]
+    norm: Call | None
+    head: Call | None
+    #: What the stream is multiplied by on its way to the head.
+    factor: float = 1.0
+
+
+def find_layers(probe: Probe, path: str | None = None) -> LayerList:
+    """The list whose members ran in order and handed one stream on: of several the one with the most parameters.
+
+    With a `path` it is that list. Raises `LayersNotFoundError`, which says what was seen, where there is none.
+    """
+    lists: dict[str, list[Call]] = {}
+    for call in probe.calls:
+        parent, _, name = call.path.rpartition(".")
+        if name.isdigit():
+            lists.setdefault(parent, []).append(call)
+    seen = {parent: _as_layers(probe, parent, calls) for parent, calls in lists.items()}
+    found = [each for each in seen.values() if each is not None and path in (None, each.path)]
+    if not found:
+        raise LayersNotFoundError(type(probe.model).__name__, {name: len(calls) for name, calls in lists.items()}, path)
+    return max(found, key=lambda each: (_parameters(each), len(each.calls), -each.path.count(".")))
+
+
+def _as_layers(probe: Probe, path: str, calls: list[Call]) -> LayerList | None:
+    count = len(list(probe.model.get_submodule(path).children()))
+    ran = len({call.path for call in calls})
+    # A config may say that fewer layers run than there are.
+    indices = [int(call.path.rpartition(".")[2]) for call in calls]
+    if ran == 0 or ran > count or len(calls) % ran or indices != list(range(ran)) * (len(calls) // ran):
+        return None
+    first = calls[:ran]
+    if any(call.made is None or call.given is None or not _keeps_shape(call) for call in first):
+        return None
+    handed = sum(alike(one.made, other.given) for one, other in zip(first, first[1:], strict=False))
+    if handed * 2 < ran - 1:
+        return None
+    return LayerList(path, tuple(first), len(calls) // ran)
+
+
+def _keeps_shape(call: Call) -> bool:
+    given, made = call.given, call.made
+    assert given is not None and made is not None
+    tokens = BATCH * POSITIONS
+    return made.is_floating_point() and given.shape == made.shape and given.numel() % tokens == 0 and given.ndim >= 2
+
+
+def _parameters(layers: LayerList) -> int:
+    return sum(parameter.numel() for call in layers.calls for parameter in call.module.parameters())
+
+
+def find_embedding(probe: Probe, layers: LayerList) -> tuple[Call, ...]:
+    """The modules that make vectors of the token ids, as wide as the stream, in turn; empty where there are none."""
+    first = layers.calls[0]
+
+    def takes_ids(call: Call) -> bool:
+        given = call.given
+        same_kind = given is not None and not given.is_floating_point() and given.numel() == probe.ids.numel()
+        # Some models hand on (position, batch).
+        return same_kind and any(
+            torch.equal(given.flatten(), ids.flatten().to(given.dtype))  # type: ignore[union-attr]
+            for ids in (probe.ids, probe.ids.T)
+        )
+
+    before = [call for call in probe.calls if call.end < first.begin and call.made is not None]
+    tables = [call for call in before if takes_ids(call) and call.made is not None and call.made.is_floating_point()]
+    tables = [call for call in tables if not any(other is not call and call.holds(other) for other in tables)]
+    if not tables:
+        return ()
+    own = probe.of(_declared(probe.model, "get_input_embeddings"))
+    table = own if own in tables else tables[0]
+    assert table is not None and table.made is not None and first.given is not None
+    if table.made.shape[-1] == first.given.shape[-1]:
+        return (table,)
+    for call in before:
+        # Embeddings that are narrower than the stream are widened by a module of their own, perhaps after a norm.
+        narrow = call.given is not None and call.given.shape[-1] == table.made.shape[-1] and call.begin > table.end
+        if narrow and call.made is not None and call.made.shape == (*table.made.shape[:-1], first.given.shape[-1]):
+            return (table, call)
+    return (table,)
+
+
+def _declared(model: torch.nn.Module, getter: str) -> torch.nn.Module | None:
+    """What a model itself says its embeddings are; not every class that has the method knows an answer."""
+    method: Callable[[], torch.nn.Module | None] | None = getattr(model, getter, None)
+    if method is None:
+        return None
+    try:
+        return method()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def find_unembedding(probe: Probe, layers: LayerList) -> Unembedding:
+    """The way from the last layer's output to the logits, as far as modules go it."""
+    last = layers.calls[-1]
+    assert last.made is not None
+    after = [call for call in probe.calls if call.begin > last.end and call.made is not None]
+    head = probe.of(_declared(probe.model, "get_output_embeddings"))
+    if head is None or head not in after:
+        head = _widest(probe, after)
+    if head is not None and head.path != HEAD:
+        # The standard name must mean the standard part: a whole head that is called so is the head.
+        head = next((call for call in after if call.path == HEAD and call.holds(head)), head)
+    if head is None:
+        return Unembedding((), None, None)
+    chain: list[Call] = []
+    value, here, factor = last.made, last.end, 1.0
+    while not chain or not chain[-1].holds(head):
+        step = _step(after, value, here, head)
+        if step is None:
+            step, scale = _scaled_step(value, here, head)
+            factor *= scale
+        if step is None or step.made is None:
+            return Unembedding((), _norm(probe, after, head), head)
+        chain.append(step)
+        value, here = step.made, step.end
+    steps = [call for call in chain if not alike(call.given, call.made)]
+    return Unembedding(tuple(steps), _norm(probe, steps, head), head, factor)
+
+
+def _widest(probe: Probe, after: list[Call]) -> Call | None:
+    """The innermost last module that gives something of the logits' shape."""
+    logits = probe.logits
+    if logits is None:
+        return None
+    fits = [call for call in after if call.made is not None and call.made.shape[-1] == logits.shape[-1]]
+    return max(fits, key=lambda call: (call.end, call.begin)) if fits else None
+
+
+def _scaled_step(value: torch.Tensor, here: int, head: Call) -> tuple[Call | None, float]:
+    """The head, and the number that its input was multiplied by on the way; a head with a bias would not let that
+    number through to the logits."""
+    given = shaped_like(head.given, value)
+    scale = None if given is None or head.begin < here else scale_between(value, given)
+    if scale is None or getattr(head.module, "bias", None) is not None:
+        return None, 1.0
+    return head, scale
+
+
+def _step(after: list[Call], value: torch.Tensor, here: int, head: Call) -> Call | None:
+    """The next module that took `value`: the outermost that does not hold the head, or else one that does."""
+    fits = [call for call in after if call.begin > here and call.begin <= head.begin]
+    fits = [call for call in fits if alike(shaped_like(call.given, value), value)]
+    around = [call for call in fits if call is not head and call.holds(head)]
+    # Between modules inside the head there may be functions, and then only the whole of it can be called.
+    return next((call for call in fits if call not in around), None) or next(iter(around), None)
+
+
+def _norm(probe: Probe, calls: list[Call], head: Call) -> Call | None:
+    """The first norm before the head that is no part of it."""
+    around = [call for call in probe.calls if call is not probe.root and call is not head and call.holds(head)]
+    for call in calls:
+        if call.given is None or call.end > head.begin or any(outer.holds(call) for outer in around):
+            continue
+        if is_norm(call.module, call.given, call.args, call.kwargs):
+            return call
+    return None
