@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnterp.conditions import config_value
-
 __all__ = ["ConfigKeys"]
 
 #: Names that say that a number is about something else than the text model's own size.
@@ -36,7 +34,10 @@ class ConfigKeys:
 
     def value(self, key: str) -> Any:
         """What the config has under a key, also under one that only stands for another."""
-        return None if self.config is None else config_value(self.config, key)
+        if key in self._numbers:
+            return self._numbers[key]
+        meant = getattr(self.config, "attribute_map", {}).get(key, key)
+        return self._numbers.get(meant)
 
     def holding(self, number: int, words: tuple[str, ...], without: tuple[str, ...] = ()) -> str | None:
         """The key with this value whose name has one of `words` in it, best first; None where there is none."""

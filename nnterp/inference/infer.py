@@ -73,7 +73,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
             for kind, part in description.parts.items()
             if (product := keys.product(part.factor, RESIDUAL)) is not None
         },
-        stream=find_axes(layers, parts),
+        stream=find_axes(layers, parts, embedding, keys),
         dimensions=find_sizes(probe, layers, parts, keys),
         absent=_absent(paths, description, unembedding),
         cannot=_cannot(layers, description, unembedding, logits_fit),
@@ -95,10 +95,10 @@ def _numbers(
     if embedding and start is not None:
         factor = scale_between(embedding[-1].made, start)
         numbers["embedding_multiplier"] = None if factor is None else keys.product(factor, EMBEDDING)
-    last = unembedding.chain[-1].made if unembedding.chain else None
-    if last is None or probe.logits is None:
+    last = unembedding.chain[-1] if unembedding.chain else unembedding.head
+    if last is None or last.made is None or probe.logits is None:
         return {key: value for key, value in numbers.items() if value}, False
-    scale = find_scale(last, probe.logits, keys)
+    scale = find_scale(last.made, probe.logits, keys)
     if scale is not None:
         numbers["logits.multiplier"] = keys.product(scale.factor * unembedding.factor, LOGITS)
         numbers["logits.softcap"] = scale.cap_key or (f"{scale.cap:.6g}" if scale.cap else None)

@@ -55,7 +55,7 @@ def examine_layer(layer: Call) -> LayerFinding:
     """Find one layer's parts from the call of it that a probe saw."""
     flow = Flow(layer)
     added = find_sum(flow)
-    parts = _by_work(flow) if added is None else _by_sum(flow, added)
+    parts = _by_work(flow) if added is None else [*_by_sum(flow, added), *_silent(flow, added)]
     parts = sorted((_around(flow, part) for part in parts), key=lambda part: part.input.begin)
     layout = _layout(flow, parts)
     parts = _with_norms(flow, parts, layout)
@@ -90,6 +90,14 @@ def _by_sum(flow: Flow, added: tuple[Added, ...]) -> list[PartFinding]:
         else:
             parts.append(PartFinding("also_added", origin, origin, origin, each))
     return parts
+
+
+def _silent(flow: Flow, added: tuple[Added, ...]) -> list[PartFinding]:
+    """Parts that add nothing, as a part does whose weights are zero still: they are told by their work."""
+    known = {part.kind for part in _by_sum(flow, added)}
+    parts = [part for part in _by_work(flow) if part.kind not in known and part.kind in ("attention", "mlp")]
+    silent = [part for part in parts if part.output.made is not None and not bool(part.output.made.any())]
+    return [dataclasses.replace(part, added=Added(part.output), contribution=None) for part in silent]
 
 
 def _attention(flow: Flow, origin: Call) -> Call | None:
@@ -155,7 +163,8 @@ def _by_work(flow: Flow) -> list[PartFinding]:
 
 def _normed(flow: Flow, made: Call) -> Call | None:
     """The norm that takes what a part gave, and nothing else, before it is added."""
-    return next((call for call in flow.norms() if call.begin > made.end and alike(call.given, made.made)), None)
+    after = [call for call in flow.calls if call.begin > made.end and alike(call.given, made.made)]
+    return next((call for call in after if flow.is_norm(call)), None)
 
 
 def _around(flow: Flow, part: PartFinding) -> PartFinding:
@@ -182,7 +191,8 @@ def _with_norms(flow: Flow, parts: list[PartFinding], layout: str) -> list[PartF
             start = stream = before.made.reshape(stream.shape)
         streams = [stream] if layout == "sequential" else [start, stream]
         reader = _reader(flow, part, streams) if part.kind != "also_added" else None
-        found.append(dataclasses.replace(part, norm=reader if reader not in (before, after) else None))
+        part = dataclasses.replace(part, norm=reader if reader not in (before, after) else None)
+        found.append(_with_holder(flow, _with_inner_norm(flow, part, streams), streams))
         if part.added is not None:
             stream = stream + part.added.factor * part.added.call.made.reshape(stream.shape)  # type: ignore[union-attr]
         if after is not None and after.made is not None:
@@ -194,10 +204,37 @@ def _reader(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> Call 
     """The module that a part reads the stream through."""
     fits = [call for call in flow.calls if call.end < part.input.begin and alike(call.made, part.input.given)]
     if part.added is None:
-        fits = [call for call in fits if flow.is_norm(call)]
+        # What the stream is by then is not known, but for the first part.
+        fits = [call for call in fits if flow.is_norm(call) and (part.kind == "mlp" or alike(call.given, flow.given))]
     else:
         fits = [call for call in fits if any(alike(shaped_like(call.given, each), each) for each in streams)]
-    return max((call for call in fits if not flow.changes_nothing(call)), key=lambda call: call.end, default=None)
+    # In place of a norm there may be nothing, under the norm's name.
+    fits = [call for call in fits if not flow.changes_nothing(call) or isinstance(call.module, torch.nn.Identity)]
+    return max(fits, key=lambda call: call.end, default=None)
+
+
+def _with_inner_norm(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> PartFinding:
+    """The part where its module takes the stream as it is and norms it inside: its input then is what takes the norm."""
+    module = part.module
+    if module is None or part.norm is not None or not any(alike(shaped_like(module.given, s), s) for s in streams):
+        return part
+    first = next(iter(module.children), None)
+    if first is None or not flow.is_norm(first) or not any(alike(shaped_like(first.given, s), s) for s in streams):
+        return part
+    reads = next((call for call in module.children[1:] if alike(call.given, first.made)), None)
+    return part if reads is None else dataclasses.replace(part, norm=first, input=reads)
+
+
+def _with_holder(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> PartFinding:
+    """The part with the module that holds it, its norm and nothing else but what adds it to the stream."""
+    module = part.module
+    if module is None or module.parent is None or module.parent is flow.layer or part.norm is None:
+        return part
+    others = [call for call in module.parent.children if call is not module and not flow.changes_nothing(call)]
+    if others != [part.norm] or part.norm.parent is not module.parent:
+        return part
+    ends = {"input": part.input, "output": part.output}
+    return dataclasses.replace(part, module=module.parent, contribution=None, **ends)
 
 
 def _layout(flow: Flow, parts: list[PartFinding]) -> str:

@@ -29,7 +29,7 @@ class PartDescription:
     sum_norm: tuple[str, ...] = ()
     stream: tuple[str, ...] = ()
     #: What tells this kind of part from others of the same path.
-    has: str | None = None
+    has: tuple[str, ...] = ()
     #: The number that what is added is multiplied by.
     factor: float = 1.0
 
@@ -81,12 +81,22 @@ def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
         module=choice(part and part.module for part in parts),
         input=choice(ends(part, part and part.input) for part in parts),
         output=choice(ends(part, part and part.output) for part in parts),
-        norm=choice(part and part.norm for part in parts),
+        norm=_unless_ambiguous(findings, kind, choice(part and part.norm for part in parts)),
         contribution=_or_itself(choice(part and part.contribution for part in parts), choice, parts),
         sum_norm=choice(part and part.added and part.added.after for part in parts),
         stream=choice(part and part.added and part.added.before for part in parts),
         factor=next(iter(_factors(findings, kind)), 1.0),
     )
+
+
+def _unless_ambiguous(findings: Sequence[LayerFinding], kind: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths of the norm, unless a layer has a module of such a path that is something else."""
+    for finding in findings:
+        part = finding.part(kind)
+        meant = finding.flow.relative(part.norm) if part and part.norm else None
+        if part is not None and next((path for path in paths if _has_module(finding, path)), None) != meant:
+            return ()
+    return paths
 
 
 def _or_itself(
@@ -115,15 +125,20 @@ def _has_module(finding: LayerFinding, path: str) -> bool:
     return path in {name for name, _ in finding.flow.layer.module.named_modules()}
 
 
-def _has(findings: Sequence[LayerFinding], kind: str, parts: dict[str, PartDescription]) -> str | None:
-    """A module that only this kind's has, where another kind of mixer has the same path."""
+def _has(findings: Sequence[LayerFinding], kind: str, parts: dict[str, PartDescription]) -> tuple[str, ...]:
+    """Modules that this kind's has and no other's, where another kind has the same path: the fewest that will do."""
     shared = [other for other in parts if other != kind and set(parts[other].module) & set(parts[kind].module)]
-    if not shared:
-        return None
-    own = _children(findings, (kind,))
-    others = set.union(*_children(findings, shared)) if _children(findings, shared) else set()
-    common = set.intersection(*own) - others
-    return min(common, key=lambda name: (name.count("."), len(name), name), default=None)
+    own, others = _children(findings, (kind,)), set[str]().union(*_children(findings, shared))
+    if not shared or not all(each - others for each in own):
+        return ()
+    chosen: list[str] = []
+    left = [each - others for each in own]
+    while left:
+        names = sorted(set[str]().union(*left), key=lambda name: (name.count("."), len(name), name))
+        best = max(names, key=lambda name: (sum(name in each for each in left), -name.count(".")))
+        chosen.append(best)
+        left = [each for each in left if best not in each]
+    return tuple(chosen)
 
 
 def _children(findings: Sequence[LayerFinding], kinds: Iterable[str]) -> list[set[str]]:

@@ -21,13 +21,16 @@ ROUNDINGS = 8.0
 
 
 def shaped_like(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor | None:
-    """`tensor` in the shape of `other`, if all that differs is that batch and position are one axis."""
+    """`tensor` in the shape of `other`, if all that differs is that batch and position are one axis, or have changed
+    places."""
     if tensor is None or not tensor.is_floating_point() or tensor.numel() != other.numel():
         return None
     if tensor.ndim == 0 or tensor.shape[-1] != other.shape[-1]:
         return None
     if tensor.shape == other.shape or tensor.ndim == 2 or other.ndim == 2:
         return tensor.reshape(other.shape)
+    if tensor.ndim == 3 and tensor.shape[:2] == (other.shape[1], other.shape[0]):
+        return tensor.transpose(0, 1)
     return None
 
 
@@ -40,7 +43,7 @@ def distance(seen: torch.Tensor, *parts: torch.Tensor) -> float:
         total += part.double()
         size = torch.maximum(size, part.double().abs())
     # Rounding does not know the entry's own size alone: what made it may have been larger.
-    size = torch.maximum(size, size.mean())
+    size = torch.maximum(size, size.mean()).clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
     unit = max(torch.finfo(each.dtype).eps for each in (seen, *parts))
     apart = ((seen.double() - total).abs() / (unit * size)).mean()
     return float(apart) if math.isfinite(apart) else math.inf

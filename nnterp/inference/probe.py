@@ -60,6 +60,9 @@ class Call:
     #: Of how many the best were picked while this call was the innermost one, as a router of experts does.
     routes: list[int] = dataclasses.field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"Call({self.path!r}, {self.begin}-{self.end})"
+
     def inside(self) -> Iterator[Call]:
         """Every call that was made in this one, in order of beginning."""
         for child in self.children:
@@ -120,11 +123,13 @@ class _Functions(TorchFunctionMode):
 
     def _is_pattern(self, weights: torch.Tensor) -> bool:
         """Routers have a softmax too, over experts: a pattern is over positions, and does not look ahead."""
-        if weights.ndim < 3 or weights.shape[-2] != self._positions or weights.shape[-1] < self._positions:
+        if weights.ndim < 3 or not self._positions <= weights.shape[-2] <= weights.shape[-1]:
             return False
+        # The model may put positions of its own before, or a sink after, those of the tokens.
+        rows = weights.shape[-2]
         ahead = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
-        ahead[:, self._positions :] = False
-        return weights.shape[-1] == self._positions or not bool(weights[..., ahead].any())
+        ahead[:, rows:] = False
+        return weights.shape[-1] == rows or not bool(weights[..., ahead].any())
 
 
 def run_probe(model: torch.nn.Module) -> Probe:

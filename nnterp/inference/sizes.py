@@ -8,6 +8,7 @@ from nnterp.inference.config_keys import ConfigKeys
 from nnterp.inference.layer import LayerFinding
 from nnterp.inference.probe import Attending, Probe
 from nnterp.inference.skeleton import LayerList
+from nnterp.inference.stream import hidden_size
 from nnterp.spec import DimensionKeys
 
 __all__ = ["find_sizes"]
@@ -55,8 +56,6 @@ def _follows(dimension: str, number: int, seen: dict[str, int | None]) -> bool:
 
 
 def _seen(probe: Probe, layers: LayerList, findings: Sequence[LayerFinding]) -> dict[str, int | None]:
-    stream = layers.calls[0].given
-    assert stream is not None
     part = next((part for finding in findings if (part := finding.part("attention")) is not None), None)
     patterns = part.module.patterns if part and part.module else []
     return {
@@ -64,7 +63,7 @@ def _seen(probe: Probe, layers: LayerList, findings: Sequence[LayerFinding]) -> 
         "num_heads": _heads(patterns),
         "num_kv_heads": next((each.kv_heads for each in patterns if each.kv_heads not in (None, each.heads)), None),
         "head_dim": next((each.head_dim for each in patterns if each.head_dim), None),
-        "hidden_size": stream.shape[-1],
+        "hidden_size": hidden_size(layers, findings),
         "vocab_size": None if probe.logits is None else probe.logits.shape[-1],
     }
 

@@ -54,7 +54,13 @@ def find_layers(probe: Probe, path: str | None = None) -> LayerList:
     found = [each for each in seen.values() if each is not None and path in (None, each.path)]
     if not found:
         raise LayersNotFoundError(type(probe.model).__name__, {name: len(calls) for name, calls in lists.items()}, path)
-    return max(found, key=lambda each: (_parameters(each), len(each.calls), -each.path.count(".")))
+
+    def likely(each: LayerList) -> tuple[bool, int, int, int]:
+        # A model may have a second stack, to cut its text into patches say, from which no way leads to the logits.
+        leads = len(found) > 1 and bool(find_unembedding(probe, each).chain)
+        return leads, _parameters(each), len(each.calls), each.calls[-1].end
+
+    return max(found, key=likely)
 
 
 def _as_layers(probe: Probe, path: str, calls: list[Call]) -> LayerList | None:
@@ -76,8 +82,7 @@ def _as_layers(probe: Probe, path: str, calls: list[Call]) -> LayerList | None:
 def _keeps_shape(call: Call) -> bool:
     given, made = call.given, call.made
     assert given is not None and made is not None
-    tokens = BATCH * POSITIONS
-    return made.is_floating_point() and given.shape == made.shape and given.numel() % tokens == 0 and given.ndim >= 2
+    return made.is_floating_point() and given.shape == made.shape and given.numel() >= BATCH * POSITIONS
 
 
 def _parameters(layers: LayerList) -> int:
@@ -88,17 +93,9 @@ def find_embedding(probe: Probe, layers: LayerList) -> tuple[Call, ...]:
     """The modules that make vectors of the token ids, as wide as the stream, in turn; empty where there are none."""
     first = layers.calls[0]
 
-    def takes_ids(call: Call) -> bool:
-        given = call.given
-        same_kind = given is not None and not given.is_floating_point() and given.numel() == probe.ids.numel()
-        # Some models hand on (position, batch).
-        return same_kind and any(
-            torch.equal(given.flatten(), ids.flatten().to(given.dtype))  # type: ignore[union-attr]
-            for ids in (probe.ids, probe.ids.T)
-        )
-
     before = [call for call in probe.calls if call.end < first.begin and call.made is not None]
-    tables = [call for call in before if takes_ids(call) and call.made is not None and call.made.is_floating_point()]
+    vectors = [call for call in before if call.made is not None and call.made.is_floating_point()]
+    tables = [call for call in vectors if _takes_ids(call, probe.ids)]
     tables = [call for call in tables if not any(other is not call and call.holds(other) for other in tables)]
     if not tables:
         return ()
@@ -113,6 +110,16 @@ def find_embedding(probe: Probe, layers: LayerList) -> tuple[Call, ...]:
         if narrow and call.made is not None and call.made.shape == (*table.made.shape[:-1], first.given.shape[-1]):
             return (table, call)
     return (table,)
+
+
+def _takes_ids(call: Call, ids: torch.Tensor) -> bool:
+    """Whether the call is given the tokens: (batch, position), the other way round, or after others of the model's own."""
+    given = call.given
+    if given is None or given.is_floating_point() or given.ndim != 2:
+        return False
+    if given.shape[0] == BATCH and given.shape[1] > POSITIONS:
+        given = given[:, -POSITIONS:]
+    return any(given.shape == each.shape and bool((given == each).all()) for each in (ids, ids.T))
 
 
 def _declared(model: torch.nn.Module, getter: str) -> torch.nn.Module | None:
@@ -134,9 +141,10 @@ def find_unembedding(probe: Probe, layers: LayerList) -> Unembedding:
     head = probe.of(_declared(probe.model, "get_output_embeddings"))
     if head is None or head not in after:
         head = _widest(probe, after)
-    if head is not None and head.path != HEAD:
-        # The standard name must mean the standard part: a whole head that is called so is the head.
-        head = next((call for call in after if call.path == HEAD and call.holds(head)), head)
+    # The standard name must mean the standard part: a whole head that is called so is the head.
+    called_so = next((call for call in after if call.path == HEAD), None)
+    if head is not None and called_so is not None and called_so.holds(head):
+        head = called_so
     if head is None:
         return Unembedding((), None, None)
     chain: list[Call] = []
@@ -151,7 +159,7 @@ def find_unembedding(probe: Probe, layers: LayerList) -> Unembedding:
         chain.append(step)
         value, here = step.made, step.end
     steps = [call for call in chain if not alike(call.given, call.made)]
-    return Unembedding(tuple(steps), _norm(probe, steps, head), head, factor)
+    return Unembedding(tuple(steps), _norm(probe, steps, head), called_so if called_so in steps else head, factor)
 
 
 def _widest(probe: Probe, after: list[Call]) -> Call | None:
@@ -183,11 +191,12 @@ def _step(after: list[Call], value: torch.Tensor, here: int, head: Call) -> Call
 
 
 def _norm(probe: Probe, calls: list[Call], head: Call) -> Call | None:
-    """The first norm before the head that is no part of it."""
+    """The last norm before the head that is no part of it."""
     around = [call for call in probe.calls if call is not probe.root and call is not head and call.holds(head)]
+    found = None
     for call in calls:
         if call.given is None or call.end > head.begin or any(outer.holds(call) for outer in around):
             continue
         if is_norm(call.module, call.given, call.args, call.kwargs):
-            return call
-    return None
+            found = call
+    return found

@@ -16,6 +16,8 @@ HEADER = """\
 """
 #: Parts of whose absence a specification gives the reason.
 NULLABLE = ("attention", "mlp")
+#: What these parts are called in every layer.
+STANDARD = {"attention": "self_attn", "mlp": "mlp"}
 #: How wide a part may be in one line.
 WIDTH = 108
 
@@ -33,7 +35,7 @@ class Findings:
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     #: For each kind of part the product that its contributions are multiplied by.
     multipliers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    stream: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    stream: Mapping[str, tuple[str, ...] | str] = dataclasses.field(default_factory=dict)
     dimensions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -57,7 +59,7 @@ def write_yaml(found: Findings) -> str:
     logits = {key: f"logits.{key}" for key in ("multiplier", "softcap")}
     written = {key: _text(found.numbers[name]) for key, name in logits.items() if name in found.numbers}
     blocks.append(_mapping("logits", written))
-    blocks.append(_mapping("stream", {key: _list(axes) for key, axes in found.stream.items()}))
+    blocks.append(_mapping("stream", {key: each if isinstance(each, str) else f"[{', '.join(each)}]" for key, each in found.stream.items()}))
     blocks.append(_mapping("dimensions", {key: _text(value) for key, value in found.dimensions.items()}))
     blocks.append(_mapping("absent", {key: _quoted(reason) for key, reason in found.absent.items()}))
     blocks.append(_mapping("cannot", {key: _quoted(reason) for key, reason in found.cannot.items()}))
@@ -67,7 +69,7 @@ def write_yaml(found: Findings) -> str:
 def _layer(found: Findings) -> dict[str, str]:
     parts = found.layers.parts
     order = ["attention", *(kind for kind in parts if kind not in (*NULLABLE, "also_added")), "mlp"]
-    written = {kind: _part(parts.get(kind), found.multipliers.get(kind)) for kind in order}
+    written = {kind: _part(parts.get(kind), found.multipliers.get(kind), kind) for kind in order}
     if "also_added" in parts:
         written["also_added"] = f"\n    - {_part(parts['also_added'], found.multipliers.get('also_added'))}".replace(
             "- \n    ", "- "
@@ -77,9 +79,14 @@ def _layer(found: Findings) -> dict[str, str]:
     return written
 
 
-def _part(part: PartDescription | None, multiplier: str | None) -> str:
+def _part(part: PartDescription | None, multiplier: str | None, kind: str = "") -> str:
     if part is None:
         return "null"
+    standard = STANDARD.get(kind, "")
+    if any(path.startswith(f"{standard}.") for path in part.module) and standard:
+        # What has the standard name must play the part: it stands around the module that does the work.
+        ends = {name: getattr(part, name) or part.module for name in ("input", "output")}
+        part = dataclasses.replace(part, module=(standard,), **ends)
     entries = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -87,8 +94,6 @@ def _part(part: PartDescription | None, multiplier: str | None) -> str:
             entries[field.name] = _choice(value)
     if multiplier:
         entries["multiplier"] = _text(multiplier)
-    if part.has:
-        entries["has"] = _text(part.has)
     if list(entries) == ["module"]:
         return entries["module"]
     flow = "{" + ", ".join(f"{key}: {value}" for key, value in entries.items()) + "}"
