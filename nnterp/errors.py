@@ -9,6 +9,8 @@ NnterpError
 |   +-- SpecValueError          ... gives a key a value that it cannot have
 |   +-- DuplicateArchitectureError   two files serve one model type
 +-- UnknownArchitectureError    no specification serves a model type
+|   +-- ProbeError              ... and the model cannot be run to find its structure (nnterp/inference/errors.py)
+|   +-- LayersNotFoundError     ... and its layers cannot be told from its other modules (likewise)
 +-- RenamingError               names and model do not fit
     +-- ModulePathError         a specification or a user names a module that the model has not
     +-- AmbiguousNameError      a user's name fits several modules
@@ -365,10 +367,3 @@ class TopCountError(UsageError, ValueError):
 
     def __init__(self, k: int, vocab_size: int) -> None:
         super().__init__(f"The {k} most probable tokens were asked for.\nGive a number from 1 to {vocab_size}.")
-
-
-class LayersNotFoundError(UnknownArchitectureError):
-    """No specification serves a model, and its layers cannot be told from its other modules."""
-
-    def __init__(self, model: str, lists: dict[str, int], asked: str | None) -> None: 
-        Exception.__init__(self, f"{model}: {lists} {asked}")

@@ -16,11 +16,15 @@ from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
 from nnsight_core.tracer import Tracer
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
-from nnterp.architectures import spec_for, spec_from_file
+from nnterp.architectures import load_specs, spec_from_file
+from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
+from nnterp.errors import CannotError
+from nnterp.inference import infer_spec
 from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
 from nnterp.residual_stream import ResidualStream
+from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
 from nnterp.validation import validate
 from nnterp.vocabulary import Vocabulary
@@ -52,14 +56,15 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         check_renaming: check the names by numbers, with one small forward pass.
         rename_config: which modules play which part, where the specification does not fit the model.
         rename: extra names for modules, ``{"transformer.h": "blocks"}``.
-        spec: a specification of one's own, as a path to a YAML file.
+        spec: a specification of one's own, as a path to a YAML file. Without one, a model whose type no file serves is
+            opened by its structure, which one forward pass shows (`nnterp spec MODEL` prints what was found).
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
         enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
         kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
-        UnknownArchitectureError: no specification serves the model's type.
+        UnknownArchitectureError: no specification serves the model's type, and its structure cannot be found.
         RenamingError: a name or path does not fit the model.
         ValidationError: the specification's promises do not hold on this model.
     """
@@ -100,9 +105,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             module = model
         else:
             module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        config: Any = module.config
-        family = spec_from_file(spec) if spec else spec_for(config.model_type)
-        self._spec = family.for_config(config)
+        config = config_of(module)
+        self._spec = _spec_of(module, spec, rename_config).for_config(config)
         sizes = dimensions(self._spec, config, rename_config)
         # Some models use one module in several layers; it has a name in each of them.
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
@@ -112,9 +116,6 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
             setattr(self, name, getattr(sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
-        self._embeddings_place = Place(
-            self._plan.embed[-1], "output", "token_embeddings", shape=self._shape("embeddings")
-        )
         self._add_accessors()
         if check_renaming and not any(each.is_meta for each in module.parameters()):
             validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
@@ -129,7 +130,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         self._add_accessor("mlps", tuple(each.part("mlp") for each in layers), shape)
 
     def _shape(self, what: str) -> StreamShape:
-        return StreamShape.of(what, self._spec, self.config, self.hidden_size)
+        return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)
 
     def _add_accessor(self, name: str, parts: tuple[PartPlan | None, ...], shape: StreamShape) -> None:
         # Were they to hold the model itself, which holds them, only the garbage collector could free it.
@@ -200,11 +201,17 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     @property
     def token_embeddings(self) -> Any:
         """What the embedding gives for each token, before anything is added: (batch, position, hidden)."""
-        return read(self, self._embeddings_place)
+        return read(self, self._embeddings_place())
 
     @token_embeddings.setter
     def token_embeddings(self, value: Any) -> None:
-        write(self, self._embeddings_place, value)
+        write(self, self._embeddings_place(), value)
+
+    def _embeddings_place(self) -> Place:
+        if not self._plan.embed:
+            origin = self._spec.where("modules.embed_tokens")
+            raise CannotError("token_embeddings", self._spec.absent["embed_tokens"], origin)
+        return Place(self._plan.embed[-1], "output", "token_embeddings", shape=self._shape("embeddings"))
 
     @property
     def logits(self) -> Any:
@@ -219,6 +226,16 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     def next_token_probs(self) -> Any:
         """The probabilities of the token after each prompt: (batch, vocab), each row sums to 1."""
         return self.logits[:, -1].softmax(-1)
+
+
+def _spec_of(
+    module: torch.nn.Module, own: str | Path | None, rename_config: RenameConfig | None
+) -> ArchitectureSpec:
+    """The user's own specification, the one that serves the model's type, or what the model's structure says."""
+    if own is not None:
+        return spec_from_file(own)
+    served = load_specs().get(getattr(config_of(module), "model_type", ""))
+    return infer_spec(module, rename_config) if served is None else served
 
 
 def _no_padding(scope: Scope) -> torch.Tensor:

@@ -7,7 +7,6 @@ A specification promises where the residual stream runs and what is added to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from nnsight_core.cache import collect
 from nnsight_core.values import first_tensor
 from nnterp.accessors import StreamShape, logits_of
+from nnterp.calling import call_model, config_of, evaluating, some_tokens
 from nnterp.dimensions import Dimensions
 from nnterp.errors import ValidationError
 from nnterp.multipliers import times
@@ -72,12 +72,10 @@ class Probe:
         paths = {path for layer in plan.layers for path in _paths(layer)}
         paths |= {*plan.embed, *plan.unembed}
         self._modules = {path: module.get_submodule(path) for path in sorted(paths)}
-        vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        device = next(module.parameters()).device
-        ids = (torch.arange(BATCH * POSITIONS, device=device).reshape(BATCH, POSITIONS) * 7 + 3) % vocabulary
+        ids = some_tokens(module, BATCH, POSITIONS)
         given: dict[tuple[torch.nn.Module, str], Any] = {}
-        with _evaluating(module), torch.no_grad():
-            self._kept, output = collect(lambda: module(input_ids=ids), self._modules.values(), given)
+        with evaluating(module), torch.no_grad():
+            self._kept, output = collect(lambda: call_model(module, ids), self._modules.values(), given)
         self.logits: torch.Tensor = logits_of(output)
         #: Modules into whose output the model wrote after they had given it.
         self.written_over = tuple(path for path in self._modules if self._is_changed(path, given))
@@ -115,18 +113,6 @@ def _paths(layer: LayerPlan) -> set[str]:
     }
 
 
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout; each module gets its own mode back."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
-
-
 def validate(
     module: torch.nn.Module,
     plan: RenamePlan,
@@ -151,8 +137,8 @@ def validate(
         if path not in plan.written_over:
             promise = f"what {path} gives stays as it is, as `written_over` does not list it"
             raise ValidationError(spec.where("written_over"), promise, "the model writes into it later", spec.family)
-    with _evaluating(module), torch.no_grad():
-        for row in _Table(probe, plan, spec, getattr(module, "config", None), sizes).rows(unembed):
+    with evaluating(module), torch.no_grad():
+        for row in _Table(probe, plan, spec, config_of(module), sizes).rows(unembed):
             wrong = None if row.kind in spec.cannot else row.disagreement()
             if wrong is not None:
                 raise ValidationError(row.origin, row.promise, wrong, spec.family)
@@ -173,15 +159,8 @@ class _Table:
     def rows(self, unembed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Row]:
         """All rows; a later one may need what an earlier one promises."""
         plan, probe, spec = self.plan, self.probe, self.spec
-        embeddings = StreamShape.of("embeddings", spec, self.config, self.sizes.hidden_size)
-        seen = probe.output(plan.embed[-1])
-        promise = f"token_embeddings is ({embeddings.named})"
-        wanted = embeddings.sizes(BATCH, POSITIONS, seen.shape)
-        yield Row("token_embeddings", promise, self._said("embed_tokens"), seen, wanted)
-        if spec.embedding_multiplier:
-            promise = f"layers_input[0] is token_embeddings * {spec.embedding_multiplier.text}"
-            value = times(spec.embedding_multiplier, probe.output(plan.embed[-1]), self.config)
-            yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].input), value)
+        if plan.embed:
+            yield from self._embedding_rows()
         for index, layer in enumerate(plan.layers):
             yield from self._shapes(index, layer)
             if "contributions" not in spec.cannot and layer.is_whole:
@@ -196,6 +175,18 @@ class _Table:
         )
         if "project_on_vocab" not in spec.cannot:
             yield from self._unembedding(unembed)
+
+    def _embedding_rows(self) -> Iterator[Row]:
+        plan, probe, spec = self.plan, self.probe, self.spec
+        embeddings = StreamShape.of("embeddings", spec, self.config, self.sizes.hidden_size)
+        seen = probe.output(plan.embed[-1])
+        promise = f"token_embeddings is ({embeddings.named})"
+        wanted = embeddings.sizes(BATCH, POSITIONS, seen.shape)
+        yield Row("token_embeddings", promise, self._said("embed_tokens"), seen, wanted)
+        if spec.embedding_multiplier:
+            promise = f"layers_input[0] is token_embeddings * {spec.embedding_multiplier.text}"
+            value = times(spec.embedding_multiplier, probe.output(plan.embed[-1]), self.config)
+            yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].input), value)
 
     def _shapes(self, index: int, layer: LayerPlan) -> Iterator[Row]:
         places: list[tuple[str, str, str, Any]] = [("layers_input", "modules.layers", layer.input, self.probe.input)]

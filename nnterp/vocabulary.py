@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight_core.arguments import apply
+from nnterp.calling import config_of
 from nnterp.errors import TopCountError
 from nnterp.token_text import token_text
 
@@ -58,7 +59,7 @@ class Vocabulary:
         return apply(self._finished, hidden_state)
 
     def _finished(self, logits: torch.Tensor) -> Any:
-        return self._spec.logits.applied(logits, self.config)  # type: ignore[attr-defined]
+        return self._spec.logits.applied(logits, config_of(self._module))  # type: ignore[attr-defined]
 
     def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
         """Token texts and their probabilities, in the given order.

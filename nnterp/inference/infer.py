@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
+from nnterp.calling import config_of, evaluating
 from nnterp.inference.config_keys import ConfigKeys
 from nnterp.inference.layer import LayerFinding, examine_layer
 from nnterp.inference.layers import LayersDescription, describe_layers
 from nnterp.inference.numbers import alike
-from nnterp.inference.probe import Probe, evaluating, run_probe
+from nnterp.inference.probe import Probe, run_probe
 from nnterp.inference.scales import find_scale, scale_between
 from nnterp.inference.sizes import find_sizes
 from nnterp.inference.skeleton import LayerList, Unembedding, find_embedding, find_layers, find_unembedding
 from nnterp.inference.stream import find_axes
 from nnterp.inference.writing import Findings, write_yaml
-from nnterp.rename_plan import RenameConfig
+from nnterp.inference.stand_in import with_numbers
+from nnterp.rename_plan import RenameConfig, as_list
 from nnterp.spec import ArchitectureSpec, parse_spec
 
 __all__ = ["infer_spec", "infer_yaml"]
@@ -45,14 +47,14 @@ def infer_yaml(model: torch.nn.Module, user: RenameConfig | None = None) -> str:
 
 
 def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
-    probe = run_probe(model)
-    layers = find_layers(probe)
-    with evaluating(model):
+    probe = run_probe(with_numbers(model))
+    layers = find_layers(probe, as_list(user.layers_name))
+    with evaluating(probe.model):
         parts = [examine_layer(call) for call in layers.calls]
         description = describe_layers(parts)
         embedding = find_embedding(probe, layers)
         unembedding = find_unembedding(probe, layers)
-    keys = ConfigKeys(getattr(model, "config", None), near=layers.path)
+    keys = ConfigKeys(config_of(model), near=layers.path)
     paths = {
         "embed_tokens": embedding[0].path if embedding else None,
         "layers": layers.path,
@@ -82,7 +84,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
 
 def model_type(model: torch.nn.Module) -> str:
     """What a specification calls the model: its config's `model_type`, or its class in the same spelling."""
-    named = getattr(getattr(model, "config", None), "model_type", None)
+    named = getattr(config_of(model), "model_type", None)
     return str(named) if named else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(model).__name__).lower()
 
 

@@ -10,9 +10,7 @@ hooks and by a mode that sees torch's functions, so that a model needs neither a
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from nnsight_core.hooks import observing
 from nnsight_core.values import NoTensorError, first_tensor, map_tensors
 from nnterp.accessors import logits_of
+from nnterp.inference.errors import ProbeError
+from nnterp.calling import call_model, evaluating, some_tokens
 
-__all__ = ["Attending", "Call", "evaluating", "Probe", "run_probe"]
+__all__ = ["Attending", "Call", "Probe", "run_probe"]
 
 #: A prime, so that a size of the model's own is hardly ever taken for the number of positions.
 BATCH, POSITIONS = 2, 11
@@ -133,8 +133,11 @@ class _Functions(TorchFunctionMode):
 
 
 def run_probe(model: torch.nn.Module) -> Probe:
-    """Run the model once, in eval mode and without gradients, and write down what happens. Raises what the model does."""
-    ids = _token_ids(model)
+    """Run the model once, in eval mode and without gradients, and write down what happens.
+
+    Raises `ProbeError` where it cannot be run.
+    """
+    ids = some_tokens(model, BATCH, POSITIONS)
     calls: list[Call] = []
     stack: list[Call] = []
     clock = iter(range(1 << 62))
@@ -165,8 +168,12 @@ def run_probe(model: torch.nn.Module) -> Probe:
             call.made, call.end = _tensor(map_tensors(copied, value)), next(clock)
 
     functions = _Functions(lambda: stack[-1] if stack else None, POSITIONS)
-    with evaluating(model), torch.no_grad(), functions, observing(paths, note):
-        output = call_model(model, ids)
+    try:
+        with evaluating(model), torch.no_grad(), functions, observing(paths, note):
+            output = call_model(model, ids)
+    except Exception as error:
+        # A model may raise anything at all; what it was stays in the traceback.
+        raise ProbeError(type(model).__name__, f"{type(error).__name__}: {str(error).strip():.300}") from error
     root = calls[0]
     try:
         logits = logits_of(output)
@@ -177,41 +184,8 @@ def run_probe(model: torch.nn.Module) -> Probe:
     return Probe(model, root, tuple(calls), ids, logits)
 
 
-def call_model(model: torch.nn.Module, ids: torch.Tensor) -> Any:
-    """Call a model on token ids, (batch, position), by whatever name it takes them."""
-    known = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in known else {}
-    return model(input_ids=ids, **options) if "input_ids" in known else model(ids, **options)
-
-
-def _token_ids(model: torch.nn.Module) -> torch.Tensor:
-    """Tokens of two prompts, (batch, position), none of them one that means something to the model itself."""
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    getter = getattr(model, "get_input_embeddings", None)
-    table = getter() if getter else None
-    size = int(table.weight.shape[0]) if hasattr(table, "weight") else max(tables, default=100)
-    config = vars(getattr(model, "config", None) or object) if hasattr(model, "config") else {}
-    special = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
-    usable = [token for token in range(min(size, 1000)) if token > 2 and token not in special]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    chosen = [usable[(7 * index * index + 13 * index + 5) % len(usable)] for index in range(BATCH * POSITIONS)]
-    return torch.tensor(chosen, device=device).reshape(BATCH, POSITIONS)
-
-
 def _tensor(value: Any) -> torch.Tensor | None:
     try:
         return first_tensor(value)
     except NoTensorError:
         return None
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout; each module gets its own mode back."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training

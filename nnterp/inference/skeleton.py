@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-
+import itertools
+from collections.abc import Sequence
 import torch
 
-from nnterp.errors import LayersNotFoundError
+from nnterp.calling import declared
+from nnterp.inference.errors import LayersNotFoundError
 from nnterp.inference.numbers import alike, is_norm, shaped_like
 from nnterp.inference.scales import scale_between
 from nnterp.inference.probe import BATCH, POSITIONS, Call, Probe
@@ -40,20 +41,27 @@ class Unembedding:
     factor: float = 1.0
 
 
-def find_layers(probe: Probe, path: str | None = None) -> LayerList:
+def find_layers(probe: Probe, names: Sequence[str] = ()) -> LayerList:
     """The list whose members ran in order and handed one stream on: of several the one with the most parameters.
 
-    With a `path` it is that list. Raises `LayersNotFoundError`, which says what was seen, where there is none.
+    With `names` it is the first list that is called so, by its path or the end of it. Raises `LayersNotFoundError`,
+    which says what was seen, where there is none.
     """
     lists: dict[str, list[Call]] = {}
     for call in probe.calls:
         parent, _, name = call.path.rpartition(".")
         if name.isdigit():
             lists.setdefault(parent, []).append(call)
-    seen = {parent: _as_layers(probe, parent, calls) for parent, calls in lists.items()}
-    found = [each for each in seen.values() if each is not None and path in (None, each.path)]
-    if not found:
-        raise LayersNotFoundError(type(probe.model).__name__, {name: len(calls) for name, calls in lists.items()}, path)
+    for name in names:
+        named = [path for path in lists if f".{path}".endswith(f".{name.strip('.')}")]
+        lists = {path: lists[path] for path in named} or lists
+        if named:
+            break
+    seen = {parent: _as_layers(probe, parent, calls, bool(names)) for parent, calls in lists.items()}
+    found = [each for each in seen.values() if isinstance(each, LayerList)]
+    if not found or (names and not named):
+        why = {path: each for path, each in seen.items() if isinstance(each, str)}
+        raise LayersNotFoundError(type(probe.model).__name__, why, names[0] if names else None)
 
     def likely(each: LayerList) -> tuple[bool, int, int, int]:
         # A model may have a second stack, to cut its text into patches say, from which no way leads to the logits.
@@ -63,19 +71,20 @@ def find_layers(probe: Probe, path: str | None = None) -> LayerList:
     return max(found, key=likely)
 
 
-def _as_layers(probe: Probe, path: str, calls: list[Call]) -> LayerList | None:
+def _as_layers(probe: Probe, path: str, calls: list[Call], is_said: bool) -> LayerList | str:
+    """The calls as those of layers, or why they are none."""
     count = len(list(probe.model.get_submodule(path).children()))
     ran = len({call.path for call in calls})
     # A config may say that fewer layers run than there are.
     indices = [int(call.path.rpartition(".")[2]) for call in calls]
-    if ran == 0 or ran > count or len(calls) % ran or indices != list(range(ran)) * (len(calls) // ran):
-        return None
+    if len(calls) % ran or indices != list(range(ran)) * (len(calls) // ran):
+        return f"{ran} of {count} members ran, not in turn"
     first = calls[:ran]
     if any(call.made is None or call.given is None or not _keeps_shape(call) for call in first):
-        return None
-    handed = sum(alike(one.made, other.given) for one, other in zip(first, first[1:], strict=False))
-    if handed * 2 < ran - 1:
-        return None
+        return "what its members give is of another shape than what they take"
+    handed = sum(alike(one.made, other.given) for one, other in itertools.pairwise(first))
+    if handed * 2 < ran - 1 and not is_said:
+        return "its members do not take what the one before gave"
     return LayerList(path, tuple(first), len(calls) // ran)
 
 
@@ -99,7 +108,7 @@ def find_embedding(probe: Probe, layers: LayerList) -> tuple[Call, ...]:
     tables = [call for call in tables if not any(other is not call and call.holds(other) for other in tables)]
     if not tables:
         return ()
-    own = probe.of(_declared(probe.model, "get_input_embeddings"))
+    own = probe.of(declared(probe.model, "get_input_embeddings"))
     table = own if own in tables else tables[0]
     assert table is not None and table.made is not None and first.given is not None
     if table.made.shape[-1] == first.given.shape[-1]:
@@ -122,23 +131,12 @@ def _takes_ids(call: Call, ids: torch.Tensor) -> bool:
     return any(given.shape == each.shape and bool((given == each).all()) for each in (ids, ids.T))
 
 
-def _declared(model: torch.nn.Module, getter: str) -> torch.nn.Module | None:
-    """What a model itself says its embeddings are; not every class that has the method knows an answer."""
-    method: Callable[[], torch.nn.Module | None] | None = getattr(model, getter, None)
-    if method is None:
-        return None
-    try:
-        return method()
-    except (NotImplementedError, AttributeError):
-        return None
-
-
 def find_unembedding(probe: Probe, layers: LayerList) -> Unembedding:
     """The way from the last layer's output to the logits, as far as modules go it."""
     last = layers.calls[-1]
     assert last.made is not None
     after = [call for call in probe.calls if call.begin > last.end and call.made is not None]
-    head = probe.of(_declared(probe.model, "get_output_embeddings"))
+    head = probe.of(declared(probe.model, "get_output_embeddings"))
     if head is None or head not in after:
         head = _widest(probe, after)
     # The standard name must mean the standard part: a whole head that is called so is the head.
