@@ -278,14 +278,19 @@ def collecting(
 
 
 @contextmanager
-def observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+def observing(
+    modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], tuple[Any] | None]
+) -> Iterator[None]:
     """While it lasts, ``note`` is called with (module, "input", (args, kwargs)) at the start of every call of
-    ``modules``, and with (module, "output", result) at its end."""
-    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        note(module, "input", (args, kwargs))
+    ``modules``, and with (module, "output", result) at its end. What it gives in a one-tuple takes the value's place."""
 
-    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        note(module, "output", output)
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        changed = note(module, "input", (args, kwargs))
+        return None if changed is None else changed[0]
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        changed = note(module, "output", output)
+        return None if changed is None else changed[0]
 
     handles: list[RemovableHandle] = []
     try:

@@ -253,6 +253,10 @@ class ValueAccess(Layers):
             raise MissingPartError(f"{self.name}[{index}]", self._why_not[index])
         return place
 
+    def has(self, layer: int) -> bool:
+        """Whether the layer has such a part."""
+        return self._places[self.position(layer)] is not None
+
     def get_module(self, layer: int) -> Envoy:
         """The module whose input or output the value is."""
         return self._root.get(self.place(layer).path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
 from nnterp.residual_stream import ResidualStream
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
-from nnterp.validation import validate
+from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
@@ -107,7 +107,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
         config = config_of(module)
         self._spec = _spec_of(module, spec, rename_config).for_config(config)
-        sizes = dimensions(self._spec, config, rename_config)
+        sizes = self._sizes = dimensions(self._spec, config, rename_config)
         # Some models use one module in several layers; it has a name in each of them.
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
         self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
@@ -206,6 +206,10 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     @token_embeddings.setter
     def token_embeddings(self, value: Any) -> None:
         write(self, self._embeddings_place(), value)
+
+    def _promised(self) -> Iterator[Row]:
+        """What the specification promises, each row with what the model gave."""
+        return promised(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
 
     def _embeddings_place(self) -> Place:
         if not self._plan.embed:

@@ -132,6 +132,20 @@ def validate(
     Raises:
         ValidationError: names the first promise that does not hold, the line that makes it, and what was seen.
     """
+    for row in promised(module, plan, spec, sizes, unembed):
+        wrong = row.disagreement()
+        if wrong is not None:
+            raise ValidationError(row.origin, row.promise, wrong, spec.family)
+
+
+def promised(
+    module: torch.nn.Module,
+    plan: RenamePlan,
+    spec: ArchitectureSpec,
+    sizes: Dimensions,
+    unembed: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[Row]:
+    """What `validate` checks, row by row, without what the specification says cannot hold."""
     probe = Probe(module, plan)
     for path in probe.written_over:
         if path not in plan.written_over:
@@ -139,9 +153,8 @@ def validate(
             raise ValidationError(spec.where("written_over"), promise, "the model writes into it later", spec.family)
     with evaluating(module), torch.no_grad():
         for row in _Table(probe, plan, spec, config_of(module), sizes).rows(unembed):
-            wrong = None if row.kind in spec.cannot else row.disagreement()
-            if wrong is not None:
-                raise ValidationError(row.origin, row.promise, wrong, spec.family)
+            if row.kind not in spec.cannot:
+                yield row
 
 
 class _Table:

@@ -13,8 +13,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nnterp.conditions import config_value
+
 __all__ = ["ConfigKeys"]
 
+#: Stands for a value that a config has and does not give.
+UNREADABLE = object()
 #: Names that say that a number is about something else than the text model's own size.
 ELSEWHERE = ("vision", "audio", "image", "encoder", "mtp", "nextn", "draft", "window", "dense", "shared", "linear")
 
@@ -33,11 +37,13 @@ class ConfigKeys:
         self._numbers = dict(_numbers(config, ""))
 
     def value(self, key: str) -> Any:
-        """What the config has under a key, also under one that only stands for another."""
-        if key in self._numbers:
-            return self._numbers[key]
-        meant = getattr(self.config, "attribute_map", {}).get(key, key)
-        return self._numbers.get(meant)
+        """What the config says when it is asked for a key; `UNREADABLE` where it refuses to answer."""
+        if self.config is None:
+            return None
+        try:
+            return config_value(self.config, key)
+        except Exception:  # noqa: BLE001 - configs have properties, which may raise anything at all
+            return UNREADABLE
 
     def holding(self, number: int, words: tuple[str, ...], without: tuple[str, ...] = ()) -> str | None:
         """The key with this value whose name has one of `words` in it, best first; None where there is none."""
@@ -45,7 +51,8 @@ class ConfigKeys:
         for key, value in self._numbers.items():
             name = key.lower()
             named = [index for index, word in enumerate(words) if word in name]
-            if value == number and type(value) is int and named and not any(word in name for word in without):
+            fits = value == number and type(value) is int and not any(word in name for word in without)
+            if fits and named and self.value(key) == number:
                 found.append((self._is_elsewhere(name), not self._is_near(name), named[0], key.count("."), len(key), key))
         return min(found)[-1] if found else None
 

@@ -88,7 +88,8 @@ def _by_sum(flow: Flow, added: tuple[Added, ...]) -> list[PartFinding]:
         elif not is_taken("mlp"):
             parts.append(_mlp(flow, origin, each, parts[-1] if parts else None))
         else:
-            parts.append(PartFinding("also_added", origin, origin, origin, each))
+            whole = origin if _matrices(origin) > 1 else each.call
+            parts.append(PartFinding("also_added", whole, whole, whole, each))
     return parts
 
 

@@ -35,7 +35,7 @@ def find_sizes(
     for dimension, number in seen.items():
         if number is None:
             continue
-        usual = next((value for key in getattr(DimensionKeys(), dimension) if (value := keys.value(key))), None)
+        usual = next((value for key in getattr(DimensionKeys(), dimension) if (value := keys.value(key)) is not None), None)
         key = keys.holding(number, *WORDS[dimension])
         # A decoder's config may have the usual names stand for its encoder's sizes.
         nearer = key is not None and "decoder" in key and "decoder" in layers.path

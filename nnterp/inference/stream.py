@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nnterp.inference.config_keys import ConfigKeys
-from nnterp.inference.layer import LayerFinding
+from nnterp.inference.layer import LayerFinding, PartFinding
 from nnterp.inference.probe import BATCH, POSITIONS, Call
 from nnterp.inference.skeleton import LayerList
 
@@ -21,9 +21,14 @@ def hidden_size(layers: LayerList, findings: Sequence[LayerFinding]) -> int:
     """How wide one stream is: layers may hand on several side by side, of which their parts take one."""
     given = layers.calls[0].given
     assert given is not None
-    parts = [part.input.given for finding in findings for part in finding.parts if part.input.given is not None]
+    parts = [part.input.given for part in _reading(findings) if part.input.given is not None]
     narrow = min((part.shape[-1] for part in parts), default=given.shape[-1])
     return int(narrow) if given.shape[-1] % narrow == 0 else int(given.shape[-1])
+
+
+def _reading(findings: Sequence[LayerFinding]) -> list[PartFinding]:
+    """The parts that read the stream; what else is added may be made of something else."""
+    return [part for finding in findings for part in finding.parts if part.kind != "also_added"]
 
 
 def find_axes(
@@ -31,7 +36,7 @@ def find_axes(
 ) -> dict[str, Axes | str]:
     """What a specification says of the stream, where it is not the usual."""
     hidden = hidden_size(layers, findings)
-    parts = [part.input.given for finding in findings for part in finding.parts]
+    parts = [part.input.given for part in _reading(findings)]
     found = {
         "layers": _axes(layers.calls[0].given, hidden),
         "parts": next((axes for part in parts if (axes := _axes(part, hidden))), None),
