@@ -77,6 +77,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         },
         stream=find_axes(layers, parts, embedding, keys),
         dimensions=find_sizes(probe, layers, parts, keys),
+        written_over=_written_over(probe, layers, parts),
         absent=_absent(paths, description, unembedding),
         cannot=_cannot(layers, description, unembedding, logits_fit),
     )
@@ -105,6 +106,17 @@ def _numbers(
         numbers["logits.multiplier"] = keys.product(scale.factor * unembedding.factor, LOGITS)
         numbers["logits.softcap"] = scale.cap_key or (f"{scale.cap:.6g}" if scale.cap else None)
     return {key: value for key, value in numbers.items() if value}, scale is not None
+
+
+def _written_over(probe: Probe, layers: LayerList, parts: Sequence[LayerFinding]) -> tuple[str, ...]:
+    """The modules into whose output the model writes later on: in layers by their path from there."""
+    inside: dict[str, None] = {}
+    for finding in parts:
+        below = [call for call in finding.flow.layer.inside() if call.is_overwritten]
+        inside |= dict.fromkeys(finding.flow.relative(call) for call in below)
+    outside = [call for call in probe.calls if call.is_overwritten]
+    paths = {call.path for call in outside if not call.path.startswith(f"{layers.path}.")}
+    return (*inside, *sorted(paths))
 
 
 def _absent(paths: dict[str, str | None], layers: LayersDescription, unembedding: Unembedding) -> dict[str, str]:

@@ -60,6 +60,9 @@ class Call:
     #: Of how many the best were picked while this call was the innermost one, as a router of experts does.
     routes: list[int] = dataclasses.field(default_factory=list)
 
+    #: Whether the model wrote into what the call gave, later on.
+    is_overwritten: bool = False
+
     def __repr__(self) -> str:
         return f"Call({self.path!r}, {self.begin}-{self.end})"
 
@@ -140,6 +143,7 @@ def run_probe(model: torch.nn.Module) -> Probe:
     ids = some_tokens(model, BATCH, POSITIONS)
     calls: list[Call] = []
     stack: list[Call] = []
+    gave: list[tuple[Call, torch.Tensor | None]] = []
     clock = iter(range(1 << 62))
     paths = {module: path for path, module in model.named_modules()}
     copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
@@ -166,6 +170,7 @@ def run_probe(model: torch.nn.Module) -> Probe:
             while call.module is not module:
                 call = stack.pop()
             call.made, call.end = _tensor(map_tensors(copied, value)), next(clock)
+            gave.append((call, _tensor(value)))
 
     functions = _Functions(lambda: stack[-1] if stack else None, POSITIONS)
     try:
@@ -174,6 +179,9 @@ def run_probe(model: torch.nn.Module) -> Probe:
     except Exception as error:
         # A model may raise anything at all; what it was stays in the traceback.
         raise ProbeError(type(model).__name__, f"{type(error).__name__}: {str(error).strip():.300}") from error
+    for call, tensor in gave:
+        changed = tensor is not None and call.made is not None and not torch.equal(tensor, call.made)
+        call.is_overwritten = changed and not bool(tensor.isnan().any())  # type: ignore[union-attr]
     root = calls[0]
     try:
         logits = logits_of(output)

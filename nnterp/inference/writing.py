@@ -37,6 +37,7 @@ class Findings:
     multipliers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stream: Mapping[str, tuple[str, ...] | str] = dataclasses.field(default_factory=dict)
     dimensions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    written_over: tuple[str, ...] = ()
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -60,6 +61,8 @@ def write_yaml(found: Findings) -> str:
     written = {key: _text(found.numbers[name]) for key, name in logits.items() if name in found.numbers}
     blocks.append(_mapping("logits", written))
     blocks.append(_mapping("stream", {key: each if isinstance(each, str) else f"[{', '.join(each)}]" for key, each in found.stream.items()}))
+    if found.written_over:
+        blocks.append(f"written_over: {_list(found.written_over)}")
     blocks.append(_mapping("dimensions", {key: _text(value) for key, value in found.dimensions.items()}))
     blocks.append(_mapping("absent", {key: _quoted(reason) for key, reason in found.absent.items()}))
     blocks.append(_mapping("cannot", {key: _quoted(reason) for key, reason in found.cannot.items()}))
