@@ -16,13 +16,12 @@ from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
 from nnsight_core.tracer import Tracer
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
-from nnterp.architectures import load_specs, spec_from_file
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
-from nnterp.inference import infer_spec
-from nnterp.rename import PartPlan, RenameConfig, dimensions, plan
+from nnterp.naming import name_modules
+from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
@@ -105,20 +104,16 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             module = model
         else:
             module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        config = config_of(module)
-        self._spec = _spec_of(module, spec, rename_config).for_config(config)
-        sizes = self._sizes = dimensions(self._spec, config, rename_config)
-        # Some models use one module in several layers; it has a name in each of them.
-        names = [name for name, _ in module.named_modules(remove_duplicate=False)]
-        self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
+        named = name_modules(module, spec, rename_config, rename)
+        self._spec, self._plan, self._sizes = named.spec, named.plan, named.sizes
         super().__init__(module, tokenizer, self._plan.aliases)
         self._tree.written_over = frozenset(module.get_submodule(path) for path in self._plan.written_over)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
-            setattr(self, name, getattr(sizes, name))
+            setattr(self, name, getattr(self._sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
         self._add_accessors()
         if check_renaming and not any(each.is_meta for each in module.parameters()):
-            validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
+            validate(module, self._plan, self._spec, self._sizes, self.project_on_vocab)
 
     def _add_accessors(self) -> None:
         layers = self._plan.layers
@@ -230,16 +225,6 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     def next_token_probs(self) -> Any:
         """The probabilities of the token after each prompt: (batch, vocab), each row sums to 1."""
         return self.logits[:, -1].softmax(-1)
-
-
-def _spec_of(
-    module: torch.nn.Module, own: str | Path | None, rename_config: RenameConfig | None
-) -> ArchitectureSpec:
-    """The user's own specification, the one that serves the model's type, or what the model's structure says."""
-    if own is not None:
-        return spec_from_file(own)
-    served = load_specs().get(getattr(config_of(module), "model_type", ""))
-    return infer_spec(module, rename_config) if served is None else served
 
 
 def _no_padding(scope: Scope) -> torch.Tensor:
