@@ -282,7 +282,8 @@ def observing(
     modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], tuple[Any] | None]
 ) -> Iterator[None]:
     """While it lasts, ``note`` is called with (module, "input", (args, kwargs)) at the start of every call of
-    ``modules``, and with (module, "output", result) at its end. What it gives in a one-tuple takes the value's place."""
+    ``modules``, and with (module, "output", result) at its end. What it gives in a one-tuple takes the value's place.
+    """
 
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         changed = note(module, "input", (args, kwargs))
@@ -309,6 +310,15 @@ def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Te
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(root: torch.nn.Module) -> list[str]:
+    """The paths of the modules of ``root`` that have hooks, or another forward than their class's."""
+    return [
+        path
+        for path, module in root.named_modules()
+        if "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
+    ]
 
 
 @contextmanager

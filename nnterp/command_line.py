@@ -5,8 +5,8 @@
     nnterp spec ./my-model                                                 # what the model is made of, as YAML
     nnterp check ./my-model                                                # does every promise hold on it?
 
-Exit status: 0 if all went well, 1 if `check` found a promise that does not hold, 2 if what was asked for cannot be done,
-130 after Ctrl-C, 141 if nobody reads the output any more. A new command is a file in ``nnterp/commands``.
+Exit status: 0 if all went well, 1 if `check` found a promise that does not hold, 2 if what was asked for cannot be
+done, 130 after Ctrl-C, 141 if nobody reads the output any more. A new command is a file in ``nnterp/commands``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a module to its names: the specification that serves it, its sizes, and the plan made of both.
 
-    named = name_modules(model)
-    named.plan.layers[3].attention        # 'transformer.h.3.attn'
+named = name_modules(model)
+named.plan.layers[3].attention        # 'transformer.h.3.attn'
 """
 
 from __future__ import annotations

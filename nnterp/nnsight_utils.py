@@ -255,8 +255,8 @@ def collect_token_activations_batched(
 ) -> torch.Tensor:
     """The same for many prompts, ``batch_size`` at a time: (layer, prompt, hidden), on the CPU.
 
-    ``tqdm`` is put around the batches to show how far it is. ``use_session`` is for scripts that set it: batches run one
-    after the other in any case.
+    ``tqdm`` is put around the batches to show how far it is. ``use_session`` is for scripts that set it: batches run
+    one after the other in any case.
     """
     _refuse_remote(remote, "collect_token_activations_batched")
     batches: Iterable[Sequence[str]] = list(_batches(prompts, batch_size))
@@ -283,7 +283,9 @@ def collect_last_token_activations_session(
 
 def _batches(prompts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     if size < 1 or not prompts:
-        raise ValueError(f"{len(prompts)} prompts in batches of {size}: give at least one prompt and a size of 1 or more.")
+        raise ValueError(
+            f"{len(prompts)} prompts in batches of {size}: give at least one prompt and a size of 1 or more."
+        )
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 

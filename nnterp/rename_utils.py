@@ -1,7 +1,7 @@
 """Names that scripts import from `nnterp.rename_utils`: the user's own names for parts, and sizes by config key.
 
-    RenameConfig(attn_name="mixer", mlp_name=["ffn", "feed_forward"])
-    get_rename_dict(RenameConfig(attn_name="mixer"))["mixer"]       # 'self_attn'
+RenameConfig(attn_name="mixer", mlp_name=["ffn", "feed_forward"])
+get_rename_dict(RenameConfig(attn_name="mixer"))["mixer"]       # 'self_attn'
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def expand_path_with_model(paths: Iterable[str]) -> list[str]:
     return [path for each in paths for path in (each, f"model.{each}")]
 
 
-def get_rename_dict(
-    rename_config: RenameConfig | None = None, model: torch.nn.Module | None = None
-) -> dict[str, str]:
+def get_rename_dict(rename_config: RenameConfig | None = None, model: torch.nn.Module | None = None) -> dict[str, str]:
     """What modules are called by models -> what they are called everywhere; the user's names win.
 
     Without a model these are all the names that the specifications know and that mean one thing only. With one they are

@@ -23,7 +23,6 @@ from nnterp.errors import CannotError
 from nnterp.naming import name_modules
 from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
-from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
 from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary

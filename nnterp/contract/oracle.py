@@ -16,8 +16,8 @@ __all__ = ["changed_run", "plain_run", "Spot", "visiting", "Visiting"]
 #: A module's path, and "input" or "output".
 Spot = tuple[str, str]
 Visit = Callable[[Spot, Any], "tuple[Any] | None"]
-#: `visiting(model, visit)`: while it lasts, `visit` sees the input `(args, kwargs)` and the output of every call of every
-#: module, and gives a replacement in a one-tuple, or None.
+#: `visiting(model, visit)`: while it lasts, `visit` sees the input `(args, kwargs)` and the output of every call of
+#: every module, and gives a replacement in a one-tuple, or None.
 Visiting = Callable[[torch.nn.Module, Visit], AbstractContextManager[None]]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nnsight_core.errors import InputError
+from nnsight_core.hooks import hooked
 from nnterp.accessors import Place, logits_of, read, write
 from nnterp.contract.subject import ACCESSES, Broken, CannotTell, Subject, difference
 
@@ -186,14 +187,9 @@ def _padding(subject: Subject) -> None:
 
 
 def _nothing_left(subject: Subject) -> None:
-    hooked = [path or "the model" for path, module in subject.module.named_modules() if _is_touched(module)]
-    if hooked:
-        raise Broken(f"hooks or another forward are left on {hooked[0]}")
-
-
-def _is_touched(module: torch.nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any(hooks) or "forward" in vars(module)
+    left = [path for path in hooked(subject.module) if path not in subject.hooked_before]
+    if left:
+        raise Broken(f"hooks or another forward are left on {left[0] or 'the model'}")
 
 
 VALUES = dict.fromkeys(name.partition("_")[0] for name in ACCESSES)

@@ -10,6 +10,7 @@ import torch
 
 from nnsight_core.errors import NNsightError
 from nnterp.accessors import logits_of
+from nnterp.calling import evaluating
 from nnterp.contract.oracle import Visiting, visiting
 from nnterp.contract.promises import PROMISES, Promise
 from nnterp.contract.subject import Broken, CannotTell, Subject
@@ -45,13 +46,14 @@ def run_contract(model: StandardizedTransformer, oracle: Visiting = visiting) ->
         model: opened with `check_renaming=False`, so that a wrong specification is an answer and not an error.
         oracle: the hooks that the interface is compared with, see `nnterp.contract.oracle.visiting`.
     """
-    with torch.no_grad():
-        subject = Subject(model, model._module, oracle, _layers(model.num_layers))
-        before = logits_of(subject.run()).clone()
-    for promise in PROMISES:
-        yield _asked(promise, subject)
-    with torch.no_grad():
-        after = logits_of(subject.run())
+    with evaluating(model._module):
+        with torch.no_grad():
+            subject = Subject(model, model._module, oracle, _layers(model.num_layers))
+            before = logits_of(subject.run()).clone()
+        for promise in PROMISES:
+            yield _asked(promise, subject)
+        with torch.no_grad():
+            after = logits_of(subject.run())
     if not subject.same(after, before):
         yield Verdict("unchanged", "the plain model gives what it gave", "not", "its logits are others than before")
 

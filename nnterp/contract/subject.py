@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nnsight_core.hooks import hooked
 from nnterp.accessors import Place, ValueAccess, logits_of
 from nnterp.calling import some_tokens
 from nnterp.contract.oracle import Spot, Visiting, changed_run, plain_run, visiting
@@ -49,6 +50,8 @@ class Subject:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        # Hooks of others, of a library that moves weights about say, are none of ours.
+        self.hooked_before = frozenset(hooked(self.module))
         self.ids = some_tokens(self.module, BATCH, POSITIONS)
         # Some models give other last digits each time, and can be asked for no more than that.
         self._is_exact = torch.equal(logits_of(self.run()), logits_of(self.run()))

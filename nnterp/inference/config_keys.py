@@ -53,7 +53,9 @@ class ConfigKeys:
             named = [index for index, word in enumerate(words) if word in name]
             fits = value == number and type(value) is int and not any(word in name for word in without)
             if fits and named and self.value(key) == number:
-                found.append((self._is_elsewhere(name), not self._is_near(name), named[0], key.count("."), len(key), key))
+                found.append(
+                    (self._is_elsewhere(name), not self._is_near(name), named[0], key.count("."), len(key), key)
+                )
         return min(found)[-1] if found else None
 
     def _is_near(self, name: str) -> bool:

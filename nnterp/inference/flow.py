@@ -27,7 +27,7 @@ class Flow:
         self.layer = layer
         self.given: torch.Tensor = layer.given
         self.made: torch.Tensor = layer.made
-        self._names = {module: name for name, module in layer.module.named_modules()}
+        self._names: dict[torch.nn.Module, str] = {module: name for name, module in layer.module.named_modules()}
         self.calls = [call for call in layer.inside() if self.relative(call).count(".") < DEPTH]
         self._norms: dict[Call, bool] = {}
         self._kinds: dict[Call, str | None] = {}
@@ -60,7 +60,6 @@ class Flow:
                 and not call.attends
                 and call.given is not None
                 and call.given.is_floating_point()
-                and _recalls(call)
                 and is_norm(call.module, call.given, call.args, call.kwargs)
             )
         return self._norms[call]
@@ -95,10 +94,6 @@ class Flow:
         if call not in self._kinds:
             self._kinds[call] = "attention" if call.patterns else _mixer_kind(call)
         return self._kinds[call]
-
-
-def _recalls(call: Call) -> bool:
-    return bool(call.args or call.kwargs) and not call.module._forward_hooks
 
 
 #: What the classes of mixers are called: the last resort, where numbers do not tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,9 @@ from nnterp.inference.probe import Probe, run_probe
 from nnterp.inference.scales import find_scale, scale_between
 from nnterp.inference.sizes import find_sizes
 from nnterp.inference.skeleton import LayerList, Unembedding, find_embedding, find_layers, find_unembedding
+from nnterp.inference.stand_in import with_numbers
 from nnterp.inference.stream import find_axes
 from nnterp.inference.writing import Findings, write_yaml
-from nnterp.inference.stand_in import with_numbers
 from nnterp.rename_plan import RenameConfig, as_list
 from nnterp.spec import ArchitectureSpec, parse_spec
 
@@ -77,6 +78,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         },
         stream=find_axes(layers, parts, embedding, keys),
         dimensions=find_sizes(probe, layers, parts, keys),
+        positions_follow=_positions_follow(probe, model),
         written_over=_written_over(probe, layers, parts),
         absent=_absent(paths, description, unembedding),
         cannot=_cannot(layers, description, unembedding, logits_fit),
@@ -117,6 +119,20 @@ def _written_over(probe: Probe, layers: LayerList, parts: Sequence[LayerFinding]
     outside = [call for call in probe.calls if call.is_overwritten]
     paths = {call.path for call in outside if not call.path.startswith(f"{layers.path}.")}
     return (*inside, *sorted(paths))
+
+
+def _positions_follow(probe: Probe, model: torch.nn.Module) -> str | None:
+    """The config key after whose value the model numbers positions, where it can be told the numbers."""
+    pad = getattr(config_of(model), "pad_token_id", None)
+    if not isinstance(pad, int) or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    expected = torch.arange(pad + 1, pad + 1 + probe.ids.shape[1], device=probe.ids.device)
+    for call in probe.calls:
+        given = call.given
+        is_table = given is not None and not given.is_floating_point() and isinstance(call.module, torch.nn.Embedding)
+        if is_table and given is not None and given.shape[-1] == len(expected) and bool((given == expected).all()):
+            return "pad_token_id"
+    return None
 
 
 def _absent(paths: dict[str, str | None], layers: LayersDescription, unembedding: Unembedding) -> dict[str, str]:

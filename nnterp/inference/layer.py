@@ -1,4 +1,4 @@
-"""One layer's parts: what moves things between positions, the MLP, and how each takes from the stream and adds to it."""
+"""One layer's parts: what moves things between positions, the MLP, and how each reads the stream and adds to it."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _reader(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> Call 
 
 
 def _with_inner_norm(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> PartFinding:
-    """The part where its module takes the stream as it is and norms it inside: its input then is what takes the norm."""
+    """The part where its module takes the stream as it is and norms it inside: its input then is what comes after."""
     module = part.module
     if module is None or part.norm is not None or not any(alike(shaped_like(module.given, s), s) for s in streams):
         return part
@@ -234,8 +234,7 @@ def _with_holder(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> 
     others = [call for call in module.parent.children if call is not module and not flow.changes_nothing(call)]
     if others != [part.norm] or part.norm.parent is not module.parent:
         return part
-    ends = {"input": part.input, "output": part.output}
-    return dataclasses.replace(part, module=module.parent, contribution=None, **ends)
+    return dataclasses.replace(part, module=module.parent, contribution=None)
 
 
 def _layout(flow: Flow, parts: list[PartFinding]) -> str:
@@ -252,7 +251,7 @@ def _layout(flow: Flow, parts: list[PartFinding]) -> str:
 
 
 def _router(mlp: Call) -> Call | None:
-    """The module that chooses experts: the one that picks the best of its scores, or that gives them to one that does."""
+    """The module that chooses experts: the one that picks the best of its scores, or gives them to one that does."""
     for call in [mlp, *mlp.inside()]:
         for experts in call.routes:
             if call is not mlp and _matrices(call):

@@ -74,17 +74,20 @@ def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
     def choice(calls: Iterable[Call | None]) -> tuple[str, ...]:
         return _choice(findings, list(calls))
 
-    def ends(part: PartFinding | None, call: Call | None) -> Call | None:
-        return None if part is None or call is part.module else call
+    def of(get: Callable[[PartFinding], Call | None]) -> tuple[str, ...]:
+        return choice(None if part is None else get(part) for part in parts)
+
+    def norm(name: str) -> tuple[str, ...]:
+        return of(lambda part: getattr(part.added, name) if part.added else None)
 
     return PartDescription(
-        module=choice(part and part.module for part in parts),
-        input=choice(ends(part, part and part.input) for part in parts),
-        output=choice(ends(part, part and part.output) for part in parts),
-        norm=_unless_ambiguous(findings, kind, choice(part and part.norm for part in parts)),
-        contribution=_or_itself(choice(part and part.contribution for part in parts), choice, parts),
-        sum_norm=choice(part and part.added and part.added.after for part in parts),
-        stream=choice(part and part.added and part.added.before for part in parts),
+        module=of(lambda part: part.module),
+        input=of(lambda part: None if part.input is part.module else part.input),
+        output=of(lambda part: None if part.output is part.module else part.output),
+        norm=_unless_ambiguous(findings, kind, of(lambda part: part.norm)),
+        contribution=_or_itself(of(lambda part: part.contribution), of(lambda part: part.output), parts),
+        sum_norm=norm("after"),
+        stream=norm("before"),
         factor=next(iter(_factors(findings, kind)), 1.0),
     )
 
@@ -100,17 +103,19 @@ def _unless_ambiguous(findings: Sequence[LayerFinding], kind: str, paths: tuple[
 
 
 def _or_itself(
-    paths: tuple[str, ...], choice: Callable[[Iterable[Call | None]], tuple[str, ...]], parts: list[PartFinding | None]
+    paths: tuple[str, ...], outputs: tuple[str, ...], parts: Sequence[PartFinding | None]
 ) -> tuple[str, ...]:
     """The same where some layers add what the part itself gives: that stands last, and is there everywhere."""
-    plain = [part.output for part in parts if part is not None and part.contribution is None]
-    return (*paths, *choice(part and part.output for part in parts)) if paths and plain else paths
+    plain = any(part is not None and part.contribution is None for part in parts)
+    return (*paths, *outputs) if paths and plain else paths
 
 
 def _choice(findings: Sequence[LayerFinding], calls: Sequence[Call | None]) -> tuple[str, ...]:
     """The paths of `calls`, one a layer, in an order in which the first that a layer has is its own."""
     said = [
-        (finding, finding.flow.relative(call)) for finding, call in zip(findings, calls, strict=True) if call is not None
+        (finding, finding.flow.relative(call))
+        for finding, call in zip(findings, calls, strict=True)
+        if call is not None
     ]
     paths = list(dict.fromkeys(path for _, path in said))
 

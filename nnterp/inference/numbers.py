@@ -82,7 +82,7 @@ def is_norm(module: torch.nn.Module, given: torch.Tensor, args: Sequence[object]
 
     def scaled(factor: float) -> torch.Tensor | None:
         def swap(value: object) -> object:
-            return value * factor if value is given else value  # type: ignore[operator]
+            return value * factor if value is given else value
 
         made = module(*[swap(arg) for arg in args], **{name: swap(arg) for name, arg in kwargs.items()})
         return made if isinstance(made, torch.Tensor) else None

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from nnsight_core.hooks import observing
 from nnsight_core.values import NoTensorError, first_tensor, map_tensors
 from nnterp.accessors import logits_of
-from nnterp.inference.errors import ProbeError
 from nnterp.calling import call_model, evaluating, some_tokens
+from nnterp.inference.errors import ProbeError
 
 __all__ = ["Attending", "Call", "Probe", "run_probe"]
 

@@ -20,14 +20,15 @@ WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "num_heads": (("attention_heads", "heads", "n_head", "head"), ("kv", "key_value", "dim", "size", "ssm", "mamba")),
     "num_kv_heads": (("key_value_heads", "kv_heads", "kv_n_heads", "kv", "groups"), ("dim", "size", "rank", "lora")),
     "head_dim": (("head_dim", "head_size", "kv_channels", "d_head", "d_kv", "dim"), ("rope", "rotary", "index")),
-    "hidden_size": (("hidden_size", "d_model", "n_embd", "model_dim", "embed", "width", "dim"), ("head", "ffn", "inter")),
+    "hidden_size": (
+        ("hidden_size", "d_model", "n_embd", "model_dim", "embed", "width", "dim"),
+        ("head", "ffn", "inter"),
+    ),
     "vocab_size": (("vocab_size", "vocab", "tokens"), ()),
 }
 
 
-def find_sizes(
-    probe: Probe, layers: LayerList, findings: Sequence[LayerFinding], keys: ConfigKeys
-) -> dict[str, str]:
+def find_sizes(probe: Probe, layers: LayerList, findings: Sequence[LayerFinding], keys: ConfigKeys) -> dict[str, str]:
     """For each dimension the key of the config that holds it, or the number; those that the usual keys hold are left
     out."""
     seen = _seen(probe, layers, findings)
@@ -35,7 +36,9 @@ def find_sizes(
     for dimension, number in seen.items():
         if number is None:
             continue
-        usual = next((value for key in getattr(DimensionKeys(), dimension) if (value := keys.value(key)) is not None), None)
+        usual = next(
+            (value for key in getattr(DimensionKeys(), dimension) if (value := keys.value(key)) is not None), None
+        )
         key = keys.holding(number, *WORDS[dimension])
         # A decoder's config may have the usual names stand for its encoder's sizes.
         nearer = key is not None and "decoder" in key and "decoder" in layers.path

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+
 import torch
 
 from nnterp.calling import declared
 from nnterp.inference.errors import LayersNotFoundError
 from nnterp.inference.numbers import alike, is_norm, shaped_like
-from nnterp.inference.scales import scale_between
 from nnterp.inference.probe import BATCH, POSITIONS, Call, Probe
+from nnterp.inference.scales import scale_between
 
 #: What the module that makes the logits is called everywhere.
 HEAD = "lm_head"
@@ -122,7 +123,7 @@ def find_embedding(probe: Probe, layers: LayerList) -> tuple[Call, ...]:
 
 
 def _takes_ids(call: Call, ids: torch.Tensor) -> bool:
-    """Whether the call is given the tokens: (batch, position), the other way round, or after others of the model's own."""
+    """Whether the call is given the tokens: (batch, position), the other way round, or after others of its own."""
     given = call.given
     if given is None or given.is_floating_point() or given.ndim != 2:
         return False

@@ -1,4 +1,4 @@
-"""A model without numbers, on the meta device, has the structure of one with any: a copy with random numbers stands in."""
+"""A model without numbers, on the meta device, has the structure of one with any: a copy with random ones stands in."""
 
 from __future__ import annotations
 

@@ -17,6 +17,10 @@ Axes = tuple[str, ...]
 USUAL: Axes = ("batch", "position", "hidden")
 
 
+#: What keys are called that say how many positions a model puts before the tokens.
+PREFIX = ("prompt_length", "prefix_length", "length", "prompt", "prefix", "memory")
+
+
 def hidden_size(layers: LayerList, findings: Sequence[LayerFinding]) -> int:
     """How wide one stream is: layers may hand on several side by side, of which their parts take one."""
     given = layers.calls[0].given
@@ -42,10 +46,10 @@ def find_axes(
         "parts": next((axes for part in parts if (axes := _axes(part, hidden))), None),
         "embeddings": _axes(embedding[-1].made, hidden) if embedding else None,
     }
-    said: dict[str, Axes | str] = {name: axes for name, axes in found.items() if axes not in (None, USUAL)}  # type: ignore[misc]
+    said: dict[str, Axes | str] = {name: axes for name, axes in found.items() if axes not in (None, USUAL)}
     given = layers.calls[0].given
     if found["layers"] is not None and "positions" in found["layers"] and given is not None:
-        prefix = keys.holding(given.shape[1] - POSITIONS, ("prompt_length", "prefix_length", "length", "prompt", "prefix", "memory"))
+        prefix = keys.holding(given.shape[1] - POSITIONS, PREFIX)
         if prefix is not None:
             said = {name: axes for name, axes in said.items() if "positions" not in axes}
             said["prefix"] = prefix

@@ -18,6 +18,8 @@ HEADER = """\
 NULLABLE = ("attention", "mlp")
 #: What these parts are called in every layer.
 STANDARD = {"attention": "self_attn", "mlp": "mlp"}
+#: What YAML takes for something else than a text.
+WORDS = ("null", "true", "false", "yes", "no", "on", "off")
 #: How wide a part may be in one line.
 WIDTH = 108
 
@@ -31,13 +33,14 @@ class Findings:
     layers: LayersDescription
     embed: tuple[str, ...] = ()
     unembed: tuple[str, ...] = ()
-    #: Products of config keys and numbers, by the key of the specification: `embedding_multiplier`, `logits.softcap`, ...
+    #: Products of config keys and numbers, by the key of the specification: `embedding_multiplier`, `logits.softcap`.
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     #: For each kind of part the product that its contributions are multiplied by.
     multipliers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stream: Mapping[str, tuple[str, ...] | str] = dataclasses.field(default_factory=dict)
     dimensions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     written_over: tuple[str, ...] = ()
+    positions_follow: str | None = None
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -60,7 +63,10 @@ def write_yaml(found: Findings) -> str:
     logits = {key: f"logits.{key}" for key in ("multiplier", "softcap")}
     written = {key: _text(found.numbers[name]) for key, name in logits.items() if name in found.numbers}
     blocks.append(_mapping("logits", written))
-    blocks.append(_mapping("stream", {key: each if isinstance(each, str) else f"[{', '.join(each)}]" for key, each in found.stream.items()}))
+    stream = {key: each if isinstance(each, str) else _list(each) for key, each in found.stream.items()}
+    blocks.append(_mapping("stream", stream))
+    if found.positions_follow:
+        blocks.append(f"positions_follow: {_text(found.positions_follow)}")
     if found.written_over:
         blocks.append(f"written_over: {_list(found.written_over)}")
     blocks.append(_mapping("dimensions", {key: _text(value) for key, value in found.dimensions.items()}))
@@ -74,9 +80,11 @@ def _layer(found: Findings) -> dict[str, str]:
     order = ["attention", *(kind for kind in parts if kind not in (*NULLABLE, "also_added")), "mlp"]
     written = {kind: _part(parts.get(kind), found.multipliers.get(kind), kind) for kind in order}
     if "also_added" in parts:
-        written["also_added"] = f"\n    - {_part(parts['also_added'], found.multipliers.get('also_added'))}".replace(
-            "- \n    ", "- "
-        ).replace("\n    ", "\n      ").replace("\n      -", "\n    -")
+        written["also_added"] = (
+            f"\n    - {_part(parts['also_added'], found.multipliers.get('also_added'))}".replace("- \n    ", "- ")
+            .replace("\n    ", "\n      ")
+            .replace("\n      -", "\n    -")
+        )
     if found.layers.router:
         written["router"] = _choice(found.layers.router)
     return written
@@ -88,8 +96,8 @@ def _part(part: PartDescription | None, multiplier: str | None, kind: str = "") 
     standard = STANDARD.get(kind, "")
     if any(path.startswith(f"{standard}.") for path in part.module) and standard:
         # What has the standard name must play the part: it stands around the module that does the work.
-        ends = {name: getattr(part, name) or part.module for name in ("input", "output")}
-        part = dataclasses.replace(part, module=(standard,), **ends)
+        first, last = part.input or part.module, part.output or part.module
+        part = dataclasses.replace(part, module=(standard,), input=first, output=last)
     entries = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -123,7 +131,9 @@ def _text(value: str | None) -> str:
         return "null"
     # A number stays one; a path such as `0` or `1.0` may not become one.
     plain = re.fullmatch(r"[A-Za-z_][\w./ ()*-]*|\d+(\.\d+)?(e[+-]\d+)?( [*/] [\w.()]+)*", value)
-    return value if plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off") else _quoted(value)
+    return (
+        value if plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off") else _quoted(value)
+    )
 
 
 def _quoted(text: str) -> str:
