@@ -71,16 +71,19 @@ class ConfigKeys:
             return None
         numbers = {key: float(value) for key, value in self._numbers.items() if value and not isinstance(value, bool)}
         numbers = {key: value for key, value in numbers.items() if value > 0 and math.isfinite(value)}
-        likely = sorted(numbers, key=lambda key: (not any(word in key for word in words), key.count("."), len(key)))
+        likely = [key for key in numbers if any(word in key for word in words)]
+        likely.sort(key=lambda key: (min(i for i, word in enumerate(words) if word in key), key.count("."), len(key)))
         fits: list[tuple[str, float]] = []
         for key in likely:
             fits += [(key, numbers[key]), (f"1 / {key}", 1 / numbers[key])]
         for key in likely:
             fits += [(f"sqrt({key})", math.sqrt(numbers[key])), (f"1 / sqrt({key})", 1 / math.sqrt(numbers[key]))]
-        for key in likely[:LIKELY]:
-            for other in numbers:
-                fits += [(f"{key} / {other}", numbers[key] / numbers[other])]
-                fits += [(f"{key} / sqrt({other})", numbers[key] / math.sqrt(numbers[other]))]
+        for key in likely:
+            for other in SIZES:
+                size = numbers.get(other)
+                if size is not None:
+                    fits += [(f"{key} / {other}", numbers[key] / size)]
+                    fits += [(f"{key} / sqrt({other})", numbers[key] / math.sqrt(size))]
         return next((text for text, value in fits if math.isclose(value, factor, rel_tol=1e-4)), f"{factor:.6g}")
 
     def caps(self) -> list[tuple[str, float]]:
@@ -90,8 +93,8 @@ class ConfigKeys:
         return sorted(positive, key=lambda pair: ("cap" not in pair[0], "logit" not in pair[0], len(pair[0])))
 
 
-#: Of how many keys products with any other key are tried.
-LIKELY = 4
+#: What a key's value is divided by in the products that models make.
+SIZES = ("num_hidden_layers", "num_layers", "n_layer", "hidden_size", "d_model", "n_embd")
 
 
 def _numbers(config: Any, start: str) -> Iterator[tuple[str, Any]]:

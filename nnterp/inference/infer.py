@@ -12,7 +12,7 @@ import torch
 from nnterp.calling import config_of, evaluating
 from nnterp.inference.config_keys import ConfigKeys
 from nnterp.inference.layer import LayerFinding, examine_layer
-from nnterp.inference.layers import LayersDescription, describe_layers
+from nnterp.inference.layers import LayersDescription, PartDescription, describe_layers
 from nnterp.inference.numbers import alike
 from nnterp.inference.probe import Probe, run_probe
 from nnterp.inference.scales import find_scale, scale_between
@@ -27,7 +27,7 @@ from nnterp.spec import ArchitectureSpec, parse_spec
 __all__ = ["infer_spec", "infer_yaml"]
 
 #: What keys that hold such a number are called.
-RESIDUAL = ("residual", "scale", "mult", "alpha")
+RESIDUAL = ("residual", "scale", "mult", "alpha", "beta")
 EMBEDDING = ("emb", "scale", "mult", "hidden_size", "d_model")
 LOGITS = ("logit", "lm_head", "scale", "mult", "dim")
 
@@ -71,11 +71,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         embed=tuple(roles.get(call.path, call.path) for call in embedding),
         unembed=tuple(roles.get(call.path, call.path) for call in unembedding.chain),
         numbers=numbers,
-        multipliers={
-            kind: product
-            for kind, part in description.parts.items()
-            if (product := keys.product(part.factor, RESIDUAL)) is not None
-        },
+        multipliers={kind: _multipliers(part, keys) for kind, part in description.parts.items()},
         stream=find_axes(layers, parts, embedding, keys),
         dimensions=find_sizes(probe, layers, parts, keys),
         positions_follow=_positions_follow(probe, model),
@@ -83,6 +79,14 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         absent=_absent(paths, description, unembedding),
         cannot=_cannot(layers, description, unembedding, logits_fit),
     )
+
+
+def _multipliers(part: PartDescription, keys: ConfigKeys) -> dict[str, str]:
+    products = {
+        "multiplier": keys.product(part.factor, RESIDUAL),
+        "stream_multiplier": keys.product(part.stream_factor, RESIDUAL),
+    }
+    return {name: product for name, product in products.items() if product is not None}
 
 
 def model_type(model: torch.nn.Module) -> str:

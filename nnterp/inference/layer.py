@@ -54,13 +54,15 @@ class LayerFinding:
 def examine_layer(layer: Call) -> LayerFinding:
     """Find one layer's parts from the call of it that a probe saw."""
     flow = Flow(layer)
-    added = find_sum(flow)
+    total = find_sum(flow)
+    added = None if total is None else total.added
     parts = _by_work(flow) if added is None else [*_by_sum(flow, added), *_silent(flow, added)]
     parts = sorted((_around(flow, part) for part in parts), key=lambda part: part.input.begin)
     layout = _layout(flow, parts)
     parts = _with_norms(flow, parts, layout)
     mlps = [part.module for part in parts if part.kind == "mlp" and part.module]
-    return LayerFinding(flow, tuple(parts), layout, _router(mlps[0]) if mlps else None, added is not None)
+    adds_up = total is not None and total.factor == 1
+    return LayerFinding(flow, tuple(parts), layout, _router(mlps[0]) if mlps else None, adds_up)
 
 
 def _by_sum(flow: Flow, added: tuple[Added, ...]) -> list[PartFinding]:
@@ -195,7 +197,8 @@ def _with_norms(flow: Flow, parts: list[PartFinding], layout: str) -> list[PartF
         part = dataclasses.replace(part, norm=reader if reader not in (before, after) else None)
         found.append(_with_holder(flow, _with_inner_norm(flow, part, streams), streams))
         if part.added is not None:
-            stream = stream + part.added.factor * part.added.call.made.reshape(stream.shape)  # type: ignore[union-attr]
+            added = part.added.factor * part.added.call.made.reshape(stream.shape)  # type: ignore[union-attr]
+            stream = part.added.stream_factor * stream + added
         if after is not None and after.made is not None:
             stream = after.made.reshape(stream.shape)
     return found

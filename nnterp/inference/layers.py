@@ -32,6 +32,7 @@ class PartDescription:
     has: tuple[str, ...] = ()
     #: The number that what is added is multiplied by.
     factor: float = 1.0
+    stream_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,7 @@ def describe_layers(findings: Sequence[LayerFinding]) -> LayersDescription:
     kinds = list(dict.fromkeys(part.kind for finding in findings for part in finding.parts))
     parts = {kind: _describe(findings, kind) for kind in kinds}
     parts = {kind: dataclasses.replace(part, has=_has(findings, kind, parts)) for kind, part in parts.items()}
-    factors = {part.added.factor for each in findings for part in each.parts if part.added}
-    consistent = all(len(_factors(findings, kind)) <= 1 for kind in kinds) or len(factors) <= 1
+    consistent = all(len(_factors(findings, kind)) <= 1 for kind in kinds)
     layouts = [finding.layout for finding in findings if finding.part("mlp")]
     return LayersDescription(
         parts=parts,
@@ -63,9 +63,10 @@ def describe_layers(findings: Sequence[LayerFinding]) -> LayersDescription:
     )
 
 
-def _factors(findings: Sequence[LayerFinding], kind: str) -> set[float]:
+def _factors(findings: Sequence[LayerFinding], kind: str) -> set[tuple[float, float]]:
+    """What a kind's contributions, and the stream that they are added to, are multiplied by."""
     parts = [part for finding in findings if (part := finding.part(kind)) is not None]
-    return {part.added.factor for part in parts if part.added}
+    return {(part.added.factor, part.added.stream_factor) for part in parts if part.added}
 
 
 def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
@@ -80,6 +81,7 @@ def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
     def norm(name: str) -> tuple[str, ...]:
         return of(lambda part: getattr(part.added, name) if part.added else None)
 
+    factors = next(iter(_factors(findings, kind)), (1.0, 1.0))
     return PartDescription(
         module=of(lambda part: part.module),
         input=of(lambda part: None if part.input is part.module else part.input),
@@ -88,7 +90,8 @@ def _describe(findings: Sequence[LayerFinding], kind: str) -> PartDescription:
         contribution=_or_itself(of(lambda part: part.contribution), of(lambda part: part.output), parts),
         sum_norm=norm("after"),
         stream=norm("before"),
-        factor=next(iter(_factors(findings, kind)), 1.0),
+        factor=factors[0],
+        stream_factor=factors[1],
     )
 
 

@@ -26,6 +26,8 @@ __all__ = ["Attending", "Call", "Probe", "run_probe"]
 
 #: A prime, so that a size of the model's own is hardly ever taken for the number of positions.
 BATCH, POSITIONS = 2, 11
+#: Functions of torch's that do a whole attention, and take the number of heads as their fifth argument.
+WHOLE_ATTENTIONS = ("multi_head_attention_forward", "_native_multi_head_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,8 @@ class _Functions(TorchFunctionMode):
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
             call.attends.append(Attending(query.shape[1], key.shape[1], result.shape[-1]))
+        elif call is not None and name in WHOLE_ATTENTIONS:
+            call.attends.append(Attending(args[4]))
         elif call is not None and name == "softmax" and self._is_pattern(result):
             # Some put batch and heads on one axis.
             call.attends.append(Attending(result.shape[1] if result.ndim == 4 else result.shape[0] // BATCH))

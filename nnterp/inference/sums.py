@@ -19,7 +19,7 @@ from nnterp.inference.flow import Flow
 from nnterp.inference.numbers import ROUNDINGS, alike, distance, factors, shaped_like, sums_to
 from nnterp.inference.probe import Call
 
-__all__ = ["Added", "find_sum"]
+__all__ = ["Added", "find_sum", "Sum"]
 
 #: Sums are looked for on this many numbers of each activation before they are tried on all.
 SAMPLE = 2048
@@ -38,6 +38,16 @@ class Added:
     factor: float = 1.0
     before: Call | None = None
     after: Call | None = None
+    #: What the stream that it is added to is multiplied by.
+    stream_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """What is added to a layer's input, in order of beginning, and what the whole is multiplied by in the end."""
+
+    added: tuple[Added, ...]
+    factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +58,8 @@ class _Base:
     norm: Call | None = None
 
 
-def find_sum(flow: Flow) -> tuple[Added, ...] | None:
-    """What is added to a layer's input, in order of beginning; None where nothing adds up."""
+def find_sum(flow: Flow) -> Sum | None:
+    """How a layer's output is put together; None where nothing adds up."""
     steps = flow.steps()
     bases = [_Base(flow.given)]
     for norm in flow.norms():
@@ -59,12 +69,20 @@ def find_sum(flow: Flow) -> tuple[Added, ...] | None:
     for base in bases:
         parts = _parts(flow.made, base.value, steps)
         if parts is not None:
-            return _in_order(parts, base)
-    for base in bases:
-        normed = _with_norms(flow, base, steps)
-        if normed is not None:
-            return normed
-    return next((found for base in bases if (found := _with_factors(flow, base, steps)) is not None), None)
+            return Sum(_in_order(parts, base))
+    for scaled in (False, True):
+        for base in bases:
+            normed = _with_norms(flow, base, steps, scaled)
+            if normed is not None:
+                return Sum(normed)
+        found = None if scaled else _first(_with_factors(flow, base, steps) for base in bases)
+        if found is not None:
+            return found
+    return None
+
+
+def _first(found: Iterable[Sum | None]) -> Sum | None:
+    return next((each for each in found if each is not None), None)
 
 
 def _in_order(parts: Iterable[Call], base: _Base, after: Call | None = None) -> tuple[Added, ...]:
@@ -108,14 +126,14 @@ def _choices(steps: Mapping[Call, torch.Tensor], count: int) -> Iterator[tuple[C
             yield chosen
 
 
-def _with_norms(flow: Flow, base: _Base, steps: list[Call]) -> tuple[Added, ...] | None:
+def _with_norms(flow: Flow, base: _Base, steps: list[Call], scaled: bool) -> tuple[Added, ...] | None:
     """The stream itself goes through a norm after an addition: on its way, at the layer's end, or both."""
     norms = flow.norms()
     last = next((call for call in norms if alike(call.made, flow.made)), None)
     target = flow.made if last is None else shaped_like(last.given, flow.made)
     if target is None:
         return None
-    if last is not None:
+    if last is not None and not scaled:
         parts = _parts(target, base.value, steps)
         if parts is not None:
             return _in_order(parts, base, last)
@@ -123,31 +141,54 @@ def _with_norms(flow: Flow, base: _Base, steps: list[Call]) -> tuple[Added, ...]
         before, after = shaped_like(middle.given, flow.given), shaped_like(middle.made, flow.given)
         if middle in (last, base.norm) or before is None or after is None:
             continue
-        first = _parts(before, base.value, [call for call in steps if call.end < middle.begin], most=1)
-        second = _parts(target, after, [call for call in steps if call.begin > middle.end], most=1)
-        if first and second and last is not None:
-            return Added(first[0], before=base.norm, after=middle), Added(second[0], after=last)
-        if first and second:
-            return Added(first[0], before=base.norm), Added(second[0], before=middle)
+        first = _one(before, base.value, [call for call in steps if call.end < middle.begin], scaled)
+        second = _one(target, after, [call for call in steps if call.begin > middle.end], scaled)
+        if first is None or second is None:
+            continue
+        first = dataclasses.replace(first, before=base.norm, after=middle if last else None)
+        return first, dataclasses.replace(second, before=None if last else middle, after=last)
     return None
 
 
-def _with_factors(flow: Flow, base: _Base, steps: list[Call]) -> tuple[Added, ...] | None:
-    """What is added is multiplied by numbers first."""
+def _one(target: torch.Tensor, base: torch.Tensor, steps: list[Call], scaled: bool) -> Added | None:
+    """The one step that makes `target` of `base`, with factors for both if need be."""
+    if not scaled:
+        parts = _parts(target, base, steps, most=1)
+        return Added(parts[0]) if parts else None
+    for call, value in _values(steps, base).items():
+        found = factors(_sample(target), _sample(base), _sample(value))
+        if found is not None and all(SMALLEST < abs(each) < LARGEST for each in found):
+            whole = factors(target, base, value)
+            if whole is not None:
+                return Added(call, _tidy(whole[1]), stream_factor=_tidy(whole[0]))
+    return None
+
+
+def _tidy(factor: float) -> float:
+    return 1.0 if abs(factor - 1) < 1e-4 else float(f"{factor:.6g}")
+
+
+def _with_factors(flow: Flow, base: _Base, steps: list[Call]) -> Sum | None:
+    """What is added is multiplied by numbers first, or the whole by one in the end."""
     values = _values(steps, flow.given)
     small = {call: _sample(value) for call, value in values.items()}
+    own = {call: value for call, value in small.items() if call.parent is flow.layer}
     goal, start = _sample(flow.made), _sample(base.value)
-    for count in (1, 2):
-        for chosen in _choices(small, count):
+    for count, among in ((1, small), (2, small), (3, own)):
+        for chosen in _choices(among, count):
             if not _plausible(factors(goal, start, *(small[call] for call in chosen))):
                 continue
             found = factors(flow.made, base.value, *(values[call] for call in chosen))
-            if found is not None and _plausible(found):
-                added = zip(_in_order(chosen, base), found[1:], strict=True)
-                return tuple(dataclasses.replace(each, factor=float(f"{factor:.6g}")) for each, factor in added)
+            if found is None or not _plausible(found):
+                continue
+            added = zip(_in_order(chosen, base), found[1:], strict=True)
+            scaled = (dataclasses.replace(each, factor=_tidy(factor / found[0])) for each, factor in added)
+            return Sum(tuple(scaled), _tidy(found[0]))
     return None
 
 
 def _plausible(found: tuple[float, ...] | None) -> bool:
-    """The stream goes on as it is, and the factors are some that a model could have."""
-    return found is not None and abs(found[0] - 1) < 1e-4 and all(SMALLEST < abs(each) < LARGEST for each in found)
+    """The factors are some that a model could have; the stream has one only if everything has it."""
+    if found is None or not all(SMALLEST < abs(each) < LARGEST for each in found):
+        return False
+    return abs(found[0] - 1) < 1e-4 or all(abs(each / found[0] - 1) < 1e-3 for each in found)

@@ -35,8 +35,8 @@ class Findings:
     unembed: tuple[str, ...] = ()
     #: Products of config keys and numbers, by the key of the specification: `embedding_multiplier`, `logits.softcap`.
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    #: For each kind of part the product that its contributions are multiplied by.
-    multipliers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: For each kind of part its multipliers, by their keys.
+    multipliers: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     stream: Mapping[str, tuple[str, ...] | str] = dataclasses.field(default_factory=dict)
     dimensions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     written_over: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def _layer(found: Findings) -> dict[str, str]:
     return written
 
 
-def _part(part: PartDescription | None, multiplier: str | None, kind: str = "") -> str:
+def _part(part: PartDescription | None, multipliers: Mapping[str, str] | None, kind: str = "") -> str:
     if part is None:
         return "null"
     standard = STANDARD.get(kind, "")
@@ -103,8 +103,7 @@ def _part(part: PartDescription | None, multiplier: str | None, kind: str = "") 
         value = getattr(part, field.name)
         if isinstance(value, tuple) and value:
             entries[field.name] = _choice(value)
-    if multiplier:
-        entries["multiplier"] = _text(multiplier)
+    entries |= {name: _text(product) for name, product in (multipliers or {}).items()}
     if list(entries) == ["module"]:
         return entries["module"]
     flow = "{" + ", ".join(f"{key}: {value}" for key, value in entries.items()) + "}"
