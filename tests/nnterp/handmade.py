@@ -1,4 +1,4 @@
-"""A language model that somebody wrote by hand: no config, no class of transformers', no name that is used elsewhere."""
+"""A language model that somebody wrote by hand: no config, no class of transformers', no name that others use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With its file taken away, a family is opened by its structure: the same parts, in the same places, with the same numbers.
+"""With its file taken away, a family is opened by its structure: the same parts, in the same places, the same numbers.
 
 Held for every model type of the matrix. What structure alone does not say as the file does is listed here with its
 reason; a type that is recovered and listed, or neither, fails.
@@ -27,7 +27,7 @@ DIFFERENT = {
     "ctrl": "The dropout between a part and the stream is named too; the file stops at the part.",
     "deepseek_v2": "The heads are as wide as the values that they give; the file says what the rotary part has.",
     "falcon": "One key-value head was seen, as `multi_query` asks for; the file reads a key that then means nothing.",
-    "gpt_bigcode": "One key-value head was seen, as `multi_query` asks for; the file reads a key that then means nothing.",
+    "gpt_bigcode": "One key-value head was seen, as `multi_query` asks for; the file has as many as there are heads.",
     "longcat_flash": "Five parts add to the stream: more than are looked for in a sum.",
     "qwen4_exp": "Several streams side by side, mixed by modules that are no norms.",
     "qwen4_exp_text": "Several streams side by side, mixed by modules that are no norms.",

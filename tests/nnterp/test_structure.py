@@ -187,7 +187,8 @@ class Step(nn.Module):
     def __init__(self, breadth):
         super().__init__()
         self.pool = nn.MultiheadAttention(breadth, 2, batch_first=True)
-        self.calm, self.work = nn.LayerNorm(breadth), nn.Sequential(nn.Linear(breadth, 32), nn.ReLU(), nn.Linear(32, breadth))
+        self.calm = nn.LayerNorm(breadth)
+        self.work = nn.Sequential(nn.Linear(breadth, 32), nn.ReLU(), nn.Linear(32, breadth))
         self.rest = nn.LayerNorm(breadth)
     def forward(self, x):
         ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
