@@ -17,6 +17,7 @@ from nnterp.inference import infer_spec
 from nnterp.inference.errors import LayersNotFoundError
 from nnterp.naming import NamedModules, name_modules
 from nnterp.rename import PartPlan
+from tests.families import FAMILY_VARIANTS, IDS
 from tests.matrix.models import MODEL_TYPES, tiny_model
 
 #: What inference says otherwise than the file, and why.
@@ -123,6 +124,16 @@ def test_structure_alone_recovers_the_file(model_type: str, monkeypatch: pytest.
         assert not seen, "\n".join([*seen, own.spec.text])
     # What was found is held against the model by numbers, as a file is.
     StandardizedTransformer(model)
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [row[1:] for row in FAMILY_VARIANTS], ids=IDS)
+def test_structure_alone_recovers_every_variant(
+    model_type: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(model_type, **overrides)
+    wanted = name_modules(model)
+    monkeypatch.setattr(naming, "load_specs", no_specs)
+    assert not differences(name_modules(model), wanted, model.config)
 
 
 @pytest.mark.parametrize("model_type", sorted(NOT_FOUND))
