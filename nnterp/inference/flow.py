@@ -11,8 +11,8 @@ __all__ = ["Flow"]
 
 #: How deep below a layer its parts are looked for.
 DEPTH = 3
-#: How many roundings apart two numbers are that are not the same.
-NOTICED = 1000
+#: By how much of its size a number has changed if something else than rounding changed it.
+NOTICED = 1e-4
 
 
 class Flow:
@@ -120,7 +120,8 @@ def _mixer_kind(call: Call) -> str | None:
     new = _again(call, changed)
     if new is None or new.shape != made.shape:
         return named
-    apart = [distance(new[:, each], made[:, each]) > NOTICED for each in range(POSITIONS)]
+    least = NOTICED / torch.finfo(made.dtype).eps
+    apart = [distance(new[:, each], made[:, each]) > least for each in range(POSITIONS)]
     if not any(apart[:where] + apart[where + 1 :]):
         return None
     # A convolution forgets what is more than its width ago; what else there is, no number tells apart.
