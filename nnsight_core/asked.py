@@ -29,9 +29,10 @@ class Asked:
         step: the run of the model in which it is wanted, counted from 0; None if it belongs to no run in particular.
         otherwise: something else that would do as well, whichever comes first.
         setting: it is asked for to be set.
+        written_over: the model goes on to write into the value, so that what is read has to be kept apart from it.
     """
 
-    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step")
+    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step", "written_over")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Asked:
         step: int | None = None,
         otherwise: Asked | None = None,
         setting: bool = False,
+        written_over: bool = False,
     ) -> None:
         self.module = module
         self.kind = kind
@@ -52,6 +54,7 @@ class Asked:
         self.step = step
         self.otherwise = otherwise
         self.setting = setting
+        self.written_over = written_over
 
     def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
         """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is

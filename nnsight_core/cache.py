@@ -16,16 +16,18 @@ from nnsight_core.values import first_argument, map_tensors
 
 
 def collect(
-    call: Callable[[], Any], modules: Iterable[torch.nn.Module]
+    call: Callable[[], Any],
+    modules: Iterable[torch.nn.Module],
+    originals: dict[tuple[torch.nn.Module, str], Any] | None = None,
 ) -> tuple[dict[tuple[torch.nn.Module, str], Any], Any]:
     """Run ``call`` and keep what each of ``modules`` took and gave.
 
     Returns a dict from (module, "input") to ``(args, kwargs)`` and from (module, "output") to the result, of each
     module's first call; and the result of ``call``. Tensors are detached copies: what the model later writes into its
-    own tensors does not reach them.
+    own tensors does not reach them. What the copies were made of goes into ``originals``.
     """
     kept: dict[tuple[torch.nn.Module, str], Any] = {}
-    with collecting(modules, kept):
+    with collecting(modules, kept, originals):
         result = call()
     return kept, result
 

@@ -67,7 +67,8 @@ class EditRun:
     def _asked(self, asked: Asked, tree: Tree) -> Asked:
         step = None if asked.step is None else self.number
         ancestors = tree.ancestors(asked.module)
-        return Asked(asked.module, asked.kind, asked.label, asked.site, ancestors, step, setting=asked.setting)
+        question = (asked.module, asked.kind, asked.label, asked.site, ancestors, step)
+        return Asked(*question, setting=asked.setting, written_over=asked.written_over)
 
     def _exchanged(self, runs: EditRuns, hand_on: bool, value: Any) -> Any:
         if value is SCOPE:

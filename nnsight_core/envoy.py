@@ -37,6 +37,8 @@ class Tree:
         self.aliases = dict(aliases or {})
         #: What is done in every trace, in this order.
         self.edits = Edits()
+        #: Modules into whose output the model writes after they have given it.
+        self.written_over: frozenset[torch.nn.Module] = frozenset()
         self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
 
@@ -311,7 +313,8 @@ class Envoy:
         if trace is None:
             raise NoTraceError(label, user_site())
         step = None if self._is_result else trace.step_of(module)
-        asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting)
+        over = module in tree.written_over and kind == "output"
+        asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting, over)
         return trace.ask(asked, view)
 
     def write(self, kind: str, value: Any, label: str | None = None) -> None:

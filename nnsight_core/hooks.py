@@ -253,29 +253,45 @@ class PlainCalls:
 @contextmanager
 def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
     """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
-    with _observing(modules, lambda module, kind, value: seen.append((module, kind))):
+    with observing(modules, lambda module, kind, value: seen.append((module, kind))):
         yield
 
 
 @contextmanager
-def collecting(modules: Iterable[torch.nn.Module], kept: dict[tuple[torch.nn.Module, str], Any]) -> Iterator[None]:
-    """While it lasts, copies of what ``modules`` take and give in their first call go into ``kept``."""
+def collecting(
+    modules: Iterable[torch.nn.Module],
+    kept: dict[tuple[torch.nn.Module, str], Any],
+    originals: dict[tuple[torch.nn.Module, str], Any] | None = None,
+) -> Iterator[None]:
+    """While it lasts, copies of what ``modules`` take and give in their first call go into ``kept``, and the things
+    themselves into ``originals``.
+    """
 
     def keep(module: torch.nn.Module, kind: str, value: Any) -> None:
         if (module, kind) not in kept:
             kept[module, kind] = map_tensors(lambda tensor: tensor.detach().clone(), value)
+            if originals is not None:
+                originals[module, kind] = value
 
-    with _observing(modules, keep):
+    with observing(modules, keep):
         yield
 
 
 @contextmanager
-def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
-    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        note(module, "input", (args, kwargs))
+def observing(
+    modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], tuple[Any] | None]
+) -> Iterator[None]:
+    """While it lasts, ``note`` is called with (module, "input", (args, kwargs)) at the start of every call of
+    ``modules``, and with (module, "output", result) at its end. What it gives in a one-tuple takes the value's place.
+    """
 
-    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        note(module, "output", output)
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        changed = note(module, "input", (args, kwargs))
+        return None if changed is None else changed[0]
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        changed = note(module, "output", output)
+        return None if changed is None else changed[0]
 
     handles: list[RemovableHandle] = []
     try:
@@ -294,6 +310,15 @@ def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Te
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(root: torch.nn.Module) -> list[str]:
+    """The paths of the modules of ``root`` that have hooks, or another forward than their class's."""
+    return [
+        path
+        for path, module in root.named_modules()
+        if "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
+    ]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from nnsight_core.hooks import HookBoard, PlainCalls
 from nnsight_core.observers import Note, Observers
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
+from nnsight_core.values import map_tensors
 from nnsight_core.witness import Order, verdict
 
 
@@ -185,6 +186,9 @@ class Interleaver:
         if self._observers:
             self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
+        if first.written_over:
+            # What the clients hold stays as it was when they got it.
+            changed = (map_tensors(torch.clone, event.value),)
         event.value = None
         return changed
 

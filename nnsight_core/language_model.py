@@ -6,7 +6,7 @@ import inspect
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -194,6 +194,11 @@ class LanguageModel(NNsight):
         if "input_ids" in tokens:
             tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
         module: Any = self._module
+        if not hasattr(module, "generate"):
+            raise InputError(
+                f"{type(module).__name__} has no method `generate`, so it cannot go on with a prompt by itself.\n"
+                "Trace it once for each token, or give the class transformers' GenerationMixin."
+            )
         run = partial(module.generate, **generation)
         return replace(call, function=run, kwargs=tokens, runs_repeatedly=True)
 
@@ -212,6 +217,7 @@ class LanguageModel(NNsight):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None:
             return Call(self._module, (), {**batch, **kwargs})
+        accepted = _parameters(type(self._module).forward)
         padding = None
         if mask is None or mask.ndim != 2 or bool(mask.all()):
             self._check_lengths((ids.shape[-1],))
@@ -223,14 +229,25 @@ class LanguageModel(NNsight):
                     "Pad on the left (tokenizer.padding_side = 'left'), or give the prompts as text."
                 )
             padding = _left_padding(mask)
-            accepted = inspect.signature(self._module.forward).parameters
             if "position_ids" in accepted and "position_ids" not in kwargs:
                 # Models that learn a vector for each position would otherwise count the padding.
-                batch.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+                batch.setdefault("position_ids", self._positions(mask))
+        if "input_ids" not in accepted and not any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
+            return self._plain_call(batch, kwargs, padding)
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
 
+    def _plain_call(self, batch: dict[str, Any], kwargs: dict[str, Any], padding: Sequence[int] | None) -> Call:
+        """The call of a module that does not know transformers' names: its first argument are the tokens."""
+        if padding is not None and any(padding):
+            raise InputError(
+                f"{type(self._module).__name__} takes no attention_mask, so prompts of one batch must have the same "
+                "length.\nGive prompts of different lengths one at a time."
+            )
+        ids, name = batch["input_ids"], next(iter(inspect.signature(self._module.forward).parameters), "")
+        return Call(self._module, (), {name: ids, **kwargs}, None, ids.shape[-1], names={name: "input_ids"})
+
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
-        tokens = [{k: v for k, v in call.kwargs.items() if k in _TOKEN_INPUTS} for call in calls]
+        tokens = [{k: v for k, v in call.inputs.items() if k in _TOKEN_INPUTS} for call in calls]
         if any("input_ids" not in each for each in tokens):
             return super()._combine(calls)
         lengths = [each["input_ids"].shape[-1] for each in tokens]
@@ -241,17 +258,21 @@ class LanguageModel(NNsight):
         for each, length in zip(tokens, lengths, strict=True) if masked else ():
             each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
             if counted:
-                each.setdefault("position_ids", (each["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+                each.setdefault("position_ids", self._positions(each["attention_mask"]))
             if length < longest:
                 for name, value in each.items():
                     filler = self._filler() if name == "input_ids" else 0
                     each[name] = torch.nn.functional.pad(value, (longest - length, 0), value=filler)
-        others = [{k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS} for call in calls]
+        others = [{k: v for k, v in call.inputs.items() if k not in _TOKEN_INPUTS} for call in calls]
         first, sizes = calls[0], [len(each["input_ids"]) for each in tokens]
         call = self._batch_call(joined(tokens), joined(others))
         if first.runs_repeatedly:
             call.kwargs.pop("position_ids", None)
         return replace(call, function=first.function, runs_repeatedly=first.runs_repeatedly), sizes
+
+    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
+        """The number of each position, (batch, position), of those that ``mask`` has."""
+        return (mask.cumsum(-1) - 1).clamp(min=0)
 
     def _filler(self) -> int:
         # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.
@@ -280,6 +301,12 @@ def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
         if found is not None:
             return found
     return None
+
+
+@lru_cache(maxsize=64)
+def _parameters(forward: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a class's forward; asked for at every trace, and slow to find."""
+    return inspect.signature(forward).parameters
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:

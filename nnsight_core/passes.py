@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ class Call:
         padding: how many padding tokens stand left of each prompt, if the input is a batch of prompts.
         prompt_length: the length of the padded prompts.
         runs_repeatedly: the call may run the model several times, as generation does.
+        names: for keyword arguments that a script asks for by another name than the model's, that name.
     """
 
     function: Callable[..., Any]
@@ -48,6 +49,14 @@ class Call:
     padding: Sequence[int] | None = None
     prompt_length: int = 0
     runs_repeatedly: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments by the names that a script asks for them."""
+        if not self.names:
+            return self.kwargs
+        return {self.names.get(name, name): value for name, value in self.kwargs.items()}
 
 
 class Result(torch.nn.Module):
@@ -83,7 +92,7 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
-        self.scope.give_inputs({} if call is None else call.kwargs)
+        self.scope.give_inputs({} if call is None else call.inputs)
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -192,7 +201,7 @@ class Part:
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.give_inputs(batch.kwargs, self.rows)
+        self.scope.give_inputs(batch.inputs, self.rows)
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]

@@ -7,7 +7,7 @@ Every value is looked up in what the module hands on at that moment, tensor or t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,73 @@ from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
+from nnterp.spec import USUAL_AXES, ArchitectureSpec
+
+#: The axes of a value in the order in which accessors give them.
+STREAM_AXES = ("batch", "position", "stream", "hidden")
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """How a family's tensors stand to (batch, position, hidden), or (batch, position, stream, hidden).
+
+    Args:
+        axes: the axes as the model's tensors have them.
+        hidden: the size of the hidden axis.
+        prefix: how many positions the model itself puts before those of the tokens.
+    """
+
+    axes: tuple[str, ...] = USUAL_AXES
+    hidden: int = 0
+    prefix: int = 0
+
+    @classmethod
+    def of(cls, what: str, spec: ArchitectureSpec, config: Any, hidden: int) -> StreamShape:
+        """The shape of ``"layers"``, ``"parts"`` or ``"embeddings"``."""
+        prefix = int(spec.stream.prefix.value(config)) if spec.stream.prefix else 0
+        return cls(getattr(spec.stream, what), hidden, prefix)
+
+    @property
+    def named(self) -> str:
+        """The axes in a sentence."""
+        return ", ".join(self.axes)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.axes == USUAL_AXES and not self.prefix
+
+    def sizes(self, batch: int, positions: int, seen: torch.Size) -> tuple[int, ...]:
+        """The shape that the model's own tensors ought to have; what nobody says is as it was ``seen``."""
+        known = {"batch": batch, "position": positions + self.prefix, "hidden": self.hidden}
+        return tuple(known.get(axis, size) for axis, size in zip(self.axes, seen, strict=False))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Where the axes in the order of accessors stand in the model's tensors, once all are axes of their own."""
+        single = [name.replace("positions", "position") for axis in self.axes for name in axis.split("*")]
+        return tuple(single.index(axis) for axis in STREAM_AXES if axis in single)
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's tensor with the axes in the usual order, without what stands before the tokens."""
+        if self.is_usual:
+            return tensor
+        if "stream*hidden" in self.axes:
+            tensor = tensor.unflatten(self.axes.index("stream*hidden"), (-1, self.hidden))
+        return tensor.permute(self._order)[:, self.prefix :]
+
+    def joined(self, value: Any) -> Any:
+        """A value with the axes of accessors as the modules after the layers take it: (..., hidden) as it is."""
+        return value.flatten(-2) if "stream*hidden" in self.axes else value
+
+    def put(self, tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """The model's tensor with ``part`` in the place of what :meth:`view` gives of it."""
+        if self.is_usual:
+            return part
+        order = self._order
+        if self.prefix:
+            part = torch.cat([tensor.permute(order)[:, : self.prefix], part], 1)
+        return part.permute([order.index(axis) for axis in range(len(order))]).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -30,6 +97,7 @@ class Place:
         label: what the user calls it, in errors.
         get: finds the value in what the module hands on.
         put: gives what the module is to hand on instead, from what it hands on and the new value.
+        shape: the axes of the value.
     """
 
     path: str
@@ -37,18 +105,35 @@ class Place:
     label: str
     get: Callable[[Any], Any] = first_tensor
     put: Callable[[Any, Any], Any] = with_first_tensor
+    shape: StreamShape = StreamShape()
 
 
 def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = None) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
 
     def get(value: Any, scope: Scope) -> Any:
-        return _by_prompt(place.get(value), scope)
+        return _by_prompt(place.shape.view(place.get(value)), scope)
 
     def put(value: Any, part: Any) -> Any:
-        return place.put(value, part.reshape(place.get(value).shape))
+        old = place.get(value)
+        return place.put(value, place.shape.put(old, part).reshape(old.shape))
 
-    return root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
+    part = root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
+    if not place.shape.is_usual or _is_reshaped(part):
+        # Gradients reach what the model goes on with, and of a view that has to be the view itself.
+        part.update_value(_itself)
+    return part
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _is_reshaped(part: Any) -> bool:
+    if part._is_pending:
+        return False
+    value = part.value
+    return isinstance(value, torch.Tensor) and value.requires_grad and value._is_view()
 
 
 def write(root: Envoy, place: Place, value: Any) -> None:
@@ -112,10 +197,10 @@ class ModuleAccess(Layers):
 
     Args:
         paths: the module's full path for each layer, None where a layer has no such part.
-        why_not: the reason, for layers that have none.
+        why_not: for each layer the reason, where it has none.
     """
 
-    def __init__(self, root: Envoy, name: str, paths: tuple[str | None, ...], why_not: str) -> None:
+    def __init__(self, root: Envoy, name: str, paths: tuple[str | None, ...], why_not: tuple[str, ...]) -> None:
         super().__init__(name, len(paths))
         self._root = root
         self._paths = paths
@@ -125,7 +210,7 @@ class ModuleAccess(Layers):
         index = self.position(layer)
         path = self._paths[index]
         if path is None:
-            raise MissingPartError(f"{self.name}[{index}]", self._why_not)
+            raise MissingPartError(f"{self.name}[{index}]", self._why_not[index])
         return self._root.get(path)
 
     def __iter__(self) -> Iterator[Envoy]:
@@ -137,11 +222,19 @@ class ValueAccess(Layers):
 
     Args:
         places: where the value stands in each layer, None where a layer has no such part.
-        why_not: the reason, for layers that have none.
+        why_not: for each layer the reason, where it has none.
     """
 
-    def __init__(self, root: Envoy, name: str, places: tuple[Place | None, ...], why_not: str) -> None:
+    def __init__(
+        self,
+        root: Envoy,
+        name: str,
+        places: tuple[Place | None, ...],
+        why_not: tuple[str, ...],
+        shape: StreamShape = StreamShape(),
+    ) -> None:
         super().__init__(name, len(places))
+        self.shape = shape
         self._root = root
         self._places = places
         self._why_not = why_not
@@ -156,8 +249,12 @@ class ValueAccess(Layers):
         index = self.position(layer)
         place = self._places[index]
         if place is None:
-            raise MissingPartError(f"{self.name}[{index}]", self._why_not)
+            raise MissingPartError(f"{self.name}[{index}]", self._why_not[index])
         return place
+
+    def has(self, layer: int) -> bool:
+        """Whether the layer has such a part."""
+        return self._places[self.position(layer)] is not None
 
     def get_module(self, layer: int) -> Envoy:
         """The module whose input or output the value is."""
@@ -167,6 +264,10 @@ class ValueAccess(Layers):
         return read(self._root, self.place(layer), site=user_site())
 
     __call__ = __getitem__
+
+    def as_it_is(self, layer: int) -> Place:
+        """The same place, whose value is the model's own tensor, with all its axes and positions as they are."""
+        return replace(self.place(layer), shape=StreamShape())
 
     def __setitem__(self, layer: int, value: Any) -> None:
         write(self._root, self.place(layer), value)

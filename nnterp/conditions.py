@@ -8,7 +8,7 @@ when: {word_embed_proj_dim: {differs_from: hidden_size}}   # two values of the c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -19,14 +19,19 @@ __all__ = ["Condition", "config_value", "read_conditions"]
 
 
 def config_value(config: Mapping[str, Any] | Any, key: str) -> Any:
-    """A config's value, or None where it has none; dots lead into nested configs.
+    """A config's value, or None where it has none; dots lead into nested configs and lists.
 
     >>> config_value({"text_config": {"n_embd": 64}}, "text_config.n_embd")
     64
     """
     value: Any = config
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif part.isdigit():
+            value = value[int(part)] if isinstance(value, Sequence) and int(part) < len(value) else None
+        else:
+            value = getattr(value, part, None)
     return value
 
 

@@ -26,7 +26,7 @@ USER_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Dimensions:
-    """How large a model is."""
+    """How large a model is; the numbers about heads are 0 in a model without attention."""
 
     num_layers: int
     num_heads: int
@@ -60,12 +60,14 @@ def dimensions(spec: ArchitectureSpec, config: Mapping[str, Any] | Any, user: Re
             )
         return value
 
-    heads, hidden = needed("num_heads"), needed("hidden_size")
+    # Without attention there are no heads to count.
+    heads = needed("num_heads") if spec.layer.attention else 0
+    hidden = needed("hidden_size")
     return Dimensions(
         num_layers=needed("num_layers"),
         num_heads=heads,
-        num_kv_heads=read("num_kv_heads") or heads,
-        head_dim=read("head_dim") or hidden // heads,
+        num_kv_heads=(read("num_kv_heads") or heads) if heads else 0,
+        head_dim=(read("head_dim") or hidden // heads) if heads else 0,
         hidden_size=hidden,
         vocab_size=needed("vocab_size"),
     )
@@ -79,7 +81,7 @@ def _read(dimension: str, spec: ArchitectureSpec, config: Mapping[str, Any] | An
         return _positive(said, str(said), dimension, origin, config)
     keys = as_list(said) or getattr(spec.dimensions, dimension)
     for key in keys:
-        value = config_value(config, key)
+        value = int(key) if key.isdecimal() else config_value(config, key)
         if value is not None:
             return _positive(value, key, dimension, origin, config)
     if said is not None:

@@ -9,6 +9,8 @@ NnterpError
 |   +-- SpecValueError          ... gives a key a value that it cannot have
 |   +-- DuplicateArchitectureError   two files serve one model type
 +-- UnknownArchitectureError    no specification serves a model type
+|   +-- ProbeError              ... and the model cannot be run to find its structure (nnterp/inference/errors.py)
+|   +-- LayersNotFoundError     ... and its layers cannot be told from its other modules (likewise)
 +-- RenamingError               names and model do not fit
     +-- ModulePathError         a specification or a user names a module that the model has not
     +-- AmbiguousNameError      a user's name fits several modules
@@ -19,6 +21,7 @@ NnterpError
 +-- UsageError                  a script asks for what cannot be
     +-- LayerIndexError         a layer that the model has not
     +-- MissingPartError        a part that the layer has not
+    +-- CannotError             what cannot be had of this family of models
     +-- ShapeError              a value of the wrong shape for its place
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
@@ -36,6 +39,7 @@ from typing import Any
 __all__ = [
     "AliasConflictError",
     "AmbiguousNameError",
+    "CannotError",
     "DimensionError",
     "DuplicateArchitectureError",
     "DuplicateKeyError",
@@ -309,8 +313,15 @@ class MissingPartError(UsageError):
     def __init__(self, asked: str, why_not: str) -> None:
         super().__init__(
             f"{asked} was asked for, but this layer has no such part: {why_not}\n"
-            "What every layer has are layers_input and layers_output."
+            "What every layer has are layers_input, mixers_output and layers_output."
         )
+
+
+class CannotError(UsageError):
+    """What cannot be had of this family of models; the family's specification says why."""
+
+    def __init__(self, asked: str, reason: str, origin: str) -> None:
+        super().__init__(f"{asked} cannot be had of this model: {reason}\n{origin} says so.")
 
 
 class ShapeError(UsageError, ValueError):

@@ -16,10 +16,10 @@ from collections.abc import Collection, Mapping
 from nnterp.dimensions import Dimensions, dimensions
 from nnterp.errors import AliasConflictError, AmbiguousNameError, ModulePathError, UnknownNameError, nearest
 from nnterp.frozen import FrozenMapping
-from nnterp.rename_plan import LayerPlan, RenameConfig, RenamePlan, as_list, join
-from nnterp.spec import ROLES, ArchitectureSpec
+from nnterp.rename_plan import LayerPlan, PartPlan, RenameConfig, RenamePlan, as_list, join
+from nnterp.spec import ROLES, ArchitectureSpec, Part
 
-__all__ = ["Dimensions", "dimensions", "LayerPlan", "plan", "RenameConfig", "RenamePlan"]
+__all__ = ["Dimensions", "dimensions", "LayerPlan", "PartPlan", "plan", "RenameConfig", "RenamePlan"]
 
 #: What the parts of a layer are called everywhere.
 LAYER_NAMES = {"attention": "self_attn", "mlp": "mlp"}
@@ -46,13 +46,13 @@ def plan(
     """
     finder = _Finder(spec, frozenset(module_paths) | {""}, user or RenameConfig())
     modules = finder.modules()
-    layers = tuple(finder.layer(join(str(modules["layers"]), str(index)), num_layers) for index in range(num_layers))
+    layers = tuple(finder.layer(modules["layers"], index, num_layers) for index in range(num_layers))
     finder.check_user_layer_names(layers)
     aliases = _Aliases(finder.paths)
     for role, target in modules.items():
         if target and role != "model":
             aliases.add("", role, target, finder.origins[f"modules.{role}"])
-    for layer in layers:
+    for layer in layers if modules["layers"] else ():
         for part, alias in LAYER_NAMES.items():
             target = getattr(layer, part)
             if target:
@@ -69,6 +69,7 @@ def plan(
         origins=FrozenMapping(finder.origins),
         shadowed=tuple(aliases.shadowed),
         paths=finder.paths,
+        written_over=finder.written_over(layers),
     )
 
 
@@ -81,6 +82,7 @@ class _Finder:
         self.user = user
         self.origins: dict[str, str] = {}
         self._found_in_a_layer: set[str] = set()
+        self._is_whole = True
         self._endings: dict[str, list[str]] = {}
 
     def modules(self) -> dict[str, str | None]:
@@ -89,55 +91,51 @@ class _Finder:
         for role in ROLES:
             said = as_list(getattr(self.user, f"{role}_name", None))
             where = f"modules.{role}"
-            found[role] = self._user_module(f"{role}_name", said) if said else getattr(self.spec.modules, role)
             self.origins[where] = self._argument(f"{role}_name") if said else self.spec.where(where)
-            if found[role] is not None:
-                self._require(str(found[role]), where, role)
+            if said:
+                found[role] = self._user_module(f"{role}_name", said)
+            else:
+                choice = getattr(self.spec.modules, role)
+                found[role] = self._first(choice, "") or self._require(choice[0], where, role) if choice else None
         if said := as_list(self.user.model_name):
             found["model"] = self._user_module("model_name", said)
         else:
             # The base model is the child of the root that holds the layers: `model` then is what it is in Llama.
-            head, dot, _ = str(found["layers"]).partition(".")
+            head, dot, _ = (found["layers"] or self.spec.layer.input[0]).partition(".")
             found["model"] = head if dot else ""
         self.origins["modules.model"] = self._argument("model_name") if said else self.origins["modules.layers"]
         return found
 
-    def layer(self, path: str, num_layers: int) -> LayerPlan:
+    def layer(self, layers: str | None, index: int, num_layers: int) -> LayerPlan:
         """One layer's parts."""
-        if path not in self.paths:
-            count = f"layer {path.rpartition('.')[2]} of the {num_layers} that the config speaks of"
-            self._require(path, "modules.layers", count)
-        spec, block = self.spec, self.spec.block
-        attention = self._part(path, "attention", "attn_name", spec.layer.attention, bool(self.user.ignore_attn))
-        mlp_said = as_list(self.user.mlp_name)
-        whole = spec.layer.mlp.module if spec.layer.mlp else None
-        mlp = self._part(path, "mlp", "mlp_name", whole, bool(self.user.ignore_mlp))
-        ends: tuple[str | None, str | None] = (mlp, mlp)
-        if spec.layer.mlp and not whole and not mlp_said and not self.user.ignore_mlp:
-            ends = (
-                self._require(join(path, spec.layer.mlp.input), "layer.mlp.input", "the MLP's input"),
-                self._require(join(path, spec.layer.mlp.output), "layer.mlp.output", "the MLP's output"),
-            )
-
-        def beside(part: str | None, key: str) -> str | None:
-            relative = getattr(block, key)
-            return self._require(join(path, relative), f"block.{key}", key) if part and relative else None
-
-        return LayerPlan(
-            path=path,
-            attention=attention,
-            mlp=mlp,
-            mlp_input=ends[0],
-            mlp_output=ends[1],
-            attention_contribution=beside(attention, "attention_contribution") or attention,
-            mlp_contribution=beside(ends[1], "mlp_contribution") or ends[1],
-            attention_sum_norm=beside(attention, "attention_sum_norm"),
-            mlp_sum_norm=beside(ends[1], "mlp_sum_norm"),
-            flattened=tuple(
-                self._require(join(path, child), f"layer.flattened.{index}", "a flattened module")
-                for index, child in enumerate(spec.layer.flattened)
-            ),
+        spec = self.spec.layer
+        ends = (
+            [join(layers, str(index))] * 2
+            if layers
+            else [each[0].replace("*", str(index)) for each in (spec.input, spec.output)]
         )
+        path = ends[0]
+        for end in ends:
+            if end not in self.paths:
+                count = f"layer {index} of the {num_layers} that the config speaks of"
+                self._require(end, "modules.layers" if layers else "layer.input", count)
+        parts: list[PartPlan] = []
+        mixers = {"attention": spec.attention, **spec.mixers()}
+        others = [kind for kind in mixers if kind != "attention"]
+        for kind, part in mixers.items():
+            optional = bool(others) or "attention" in self.spec.absent
+            name, ignored = ("attn_name", bool(self.user.ignore_attn)) if kind == "attention" else ("", False)
+            parts += self._part(path, kind, part, name, ignored, optional)
+        optional = "mlp" in self.spec.absent
+        parts += self._part(path, "mlp", spec.mlp, "mlp_name", bool(self.user.ignore_mlp), optional)
+        if others and not parts:
+            self._require(join(path, mixers[others[0]].module[0]), f"layer.{others[0]}", "the mixer of a layer")  # type: ignore[union-attr]
+        contributions = {part.contribution for part in parts}
+        for index, part in enumerate(spec.also_added):
+            more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
+            parts += [each for each in more if each.contribution not in contributions]
+        is_whole, self._is_whole = self._is_whole, True
+        return LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path), is_whole)
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""
@@ -159,26 +157,81 @@ class _Finder:
                 steps.append(path)
         return tuple(steps)
 
-    def _part(self, layer: str, part: str, field: str, relative: str | None, ignored: bool) -> str | None:
-        said = as_list(getattr(self.user, field))
-        where = f"layer.{part}"
+    def written_over(self, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
+        """The full paths of what the model writes into, in the model or in any of its layers."""
+        found: dict[str, None] = {}
+        for index, path in enumerate(self.spec.written_over):
+            places = [_inside(layer.path, path) for layer in layers] + [path]
+            there = [place for place in places if place in self.paths]
+            found |= dict.fromkeys(there or [self._require(path, f"written_over.{index}", "a module written into")])
+        return tuple(found)
+
+    def _part(
+        self,
+        layer: str,
+        kind: str,
+        part: Part | None,
+        field: str,
+        ignored: bool,
+        optional: bool,
+        where: str = "",
+    ) -> list[PartPlan]:
+        """The part of one layer, or nothing where the layer has no such part."""
+        where = where or f"layer.{kind}"
+        said = as_list(getattr(self.user, field)) if field else []
         self.origins[where] = self._argument(field) if said else self.spec.where(where)
         if ignored:
-            return None
+            self._is_whole = self._is_whole and part is None
+            return []
         for name in said:
             found = self._matches(name, layer)
             if len(found) > 1:
                 raise AmbiguousNameError(self._argument(field), name, found)
             if found:
                 self._found_in_a_layer.add(field)
-                return found[0]
-        if relative is None:
-            return None
-        path = join(layer, relative)
-        if said and path not in self.paths:
-            # The user named the part, and this layer has it under neither name: layers may differ.
-            return None
-        return path if said else self._require(path, where, f"the {part} of a layer")
+                return [self._around(layer, kind, part or Part(), found[0], where)]
+        if part is None:
+            return []
+        ends = (*part.module, *part.input)
+        there = self._first(tuple(f"{path}.{inside}" for path in ends for inside in part.has) or ends, layer)
+        if there is None:
+            # Where the user named the part, layers may differ: this one has it under neither name.
+            if said or optional:
+                self._is_whole = self._is_whole and optional
+                return []
+            self._require(_inside(layer, ends[0]), where, f"the {kind.replace('_', ' ')} of a layer")
+        return [self._around(layer, kind, part, None, where)]
+
+    def _around(self, layer: str, kind: str, part: Part, user_module: str | None, where: str) -> PartPlan:
+        """What stands around a part in its layer; of what the spec says, that which the layer has."""
+
+        def find(name: str) -> str | None:
+            choice = getattr(part, name)
+            found = self._first(choice, layer)
+            if choice and found is None and name in ("input", "output", "contribution"):
+                self._require(_inside(layer, choice[0]), f"{where}.{name}", f"the {name} of the {kind}")
+            return found
+
+        module = user_module or self._first(part.module, layer)
+        ends = {name: find(name) if user_module is None else None for name in ("input", "output")}
+        first, last = ends["input"] or module, ends["output"] or module
+        assert first is not None and last is not None
+        contribution = find("contribution") if user_module is None or part.contribution else None
+        return PartPlan(
+            kind=kind,
+            module=module,
+            input=first,
+            output=last,
+            contribution=contribution or last,
+            norm=find("norm"),
+            stream=find("stream"),
+            sum_norm=find("sum_norm"),
+            multiplier=part.multiplier,
+            stream_multiplier=part.stream_multiplier,
+        )
+
+    def _first(self, choice: tuple[str, ...], layer: str) -> str | None:
+        return next((path for each in choice if (path := _inside(layer, each)) in self.paths), None)
 
     def _user_module(self, field: str, names: list[str]) -> str:
         for name in names:
@@ -222,6 +275,11 @@ class _Finder:
             origin = self.origins.get(where, self.spec.where(where))
             raise ModulePathError(origin, path, what, self._nearest(path), mend)
         return path
+
+
+def _inside(layer: str, path: str) -> str:
+    """The full path of what a layer has under ``path``; with a star, it is the model's, and the star the index."""
+    return path.replace("*", layer.rpartition(".")[2]) if "*" in path else join(layer, path)
 
 
 class _Aliases:

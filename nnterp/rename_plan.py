@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nnterp.errors import UnknownNameError, nearest
+from nnterp.multipliers import Multiplier
 
-__all__ = ["as_list", "join", "LayerPlan", "RenameConfig", "RenamePlan"]
+__all__ = ["as_list", "join", "LayerPlan", "PartPlan", "RenameConfig", "RenamePlan"]
 
 
 def join(parent: str, name: str) -> str:
@@ -52,20 +53,61 @@ class RenameConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """Full paths of one layer's parts; None where the layer has no such part."""
+class PartPlan:
+    """Full paths of one part of one layer."""
 
+    #: "attention", "state_space", ..., "mlp" or "also_added".
+    kind: str
+    #: None where the part is no module of its own.
+    module: str | None
+    input: str
+    output: str
+    #: The module whose output is added to the residual stream.
+    contribution: str
+    #: The norm through which the part reads the stream.
+    norm: str | None = None
+    #: What the stream itself goes through, before the part and after the addition.
+    stream: str | None = None
+    sum_norm: str | None = None
+    #: What the contribution, and the stream that it is added to, are multiplied by.
+    multiplier: Multiplier | None = None
+    stream_multiplier: Multiplier | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """One layer and its parts: what mixes positions first, then the MLP, then what else is added."""
+
+    #: The layer's own path; where the model keeps no list of layers, that of the layer's first module.
     path: str
-    attention: str | None
-    mlp: str | None
-    mlp_input: str | None
-    mlp_output: str | None
-    attention_contribution: str | None
-    mlp_contribution: str | None
-    attention_sum_norm: str | None = None
-    mlp_sum_norm: str | None = None
-    #: Modules that see (batch * position, hidden) where the others see (batch, position, hidden).
-    flattened: tuple[str, ...] = ()
+    #: The modules that take what the layer takes, and give what it gives.
+    input: str
+    output: str
+    parts: tuple[PartPlan, ...]
+    router: str | None = None
+    #: Whether all parts of the specification are among `parts`: the user may have said to leave some out.
+    is_whole: bool = True
+
+    def part(self, kind: str) -> PartPlan | None:
+        """The part of a kind, None where the layer has none."""
+        return next((part for part in self.parts if part.kind == kind), None)
+
+    @property
+    def mixer(self) -> PartPlan | None:
+        """What moves things between positions; in a layer that has nothing but an MLP, that."""
+        return self.parts[0] if self.parts else None
+
+    @property
+    def attention(self) -> str | None:
+        """The attention's path."""
+        part = self.part("attention")
+        return part.module if part else None
+
+    @property
+    def mlp(self) -> str | None:
+        """The MLP's path; None also where the MLP is no module of its own."""
+        part = self.part("mlp")
+        return part.module if part else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +127,8 @@ class RenamePlan:
     #: Real children that an alias of the user's hides from attribute access, by full path.
     shadowed: tuple[str, ...]
     paths: frozenset[str] = dataclasses.field(repr=False)
+    #: Modules into whose output the model writes after they have given it.
+    written_over: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
         """The model's own path for any of a module's names.

@@ -9,11 +9,13 @@ import torch
 
 from nnsight_core.arguments import apply, unwrap
 from nnsight_core.values import own_copy
+from nnterp.accessors import read, write
 from nnterp.errors import PositionError, SteeringVectorError
 
 if TYPE_CHECKING:
     from nnsight_core.scope import Scope
     from nnterp.accessors import ValueAccess
+    from nnterp.spec import ArchitectureSpec
 
 
 class ResidualStream:
@@ -22,6 +24,7 @@ class ResidualStream:
     layers_input: ValueAccess
     layers_output: ValueAccess
     hidden_size: int
+    _spec: ArchitectureSpec
 
     def steer(
         self,
@@ -55,6 +58,7 @@ class ResidualStream:
             PositionError: a position or a row is not there.
             LayerIndexError: the model has no such layer.
         """
+        self._spec.refuse("steer", "steer(...)")
         if positions is not None and token_positions is not None:
             raise PositionError("steer() takes positions or token_positions, not both: they count differently.")
         where = (positions, token_positions, batch_index)
@@ -87,13 +91,19 @@ class ResidualStream:
             LayerIndexError: the model has no such layer.
             ShapeError: ``skip_with`` has another shape than the residual stream.
         """
+        self._spec.refuse("skip", f"skip_layers({start_layer}, {end_layer})")
         start, end = self.layers_output.position(start_layer), self.layers_output.position(end_layer)
         if end < start:
             raise ValueError(f"skip_layers({start_layer}, {end_layer}) ends before it begins; both ends are included.")
-        stream = self.layers_input[start] if skip_with is None else skip_with
+        # A copy for each layer, so that changing one of these outputs in place leaves the others alone.
+        if skip_with is not None:
+            for layer in range(start, end + 1):
+                self.layers_output[layer] = apply(own_copy, skip_with)
+            return
+        root: Any = self
+        stream = read(root, self.layers_input.as_it_is(start))
         for layer in range(start, end + 1):
-            # A copy for each, so that changing one of these outputs in place leaves the others alone.
-            self.layers_output[layer] = apply(own_copy, stream)
+            write(root, self.layers_output.as_it_is(layer), apply(own_copy, stream))
 
 
 def _steered(
@@ -132,7 +142,7 @@ def _chosen(
     hidden: torch.Tensor, scope: Scope, positions: Any, token_positions: Any, batch_index: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows and columns to change, so that ``hidden[rows, columns]`` is (batch, position, hidden)."""
-    batch, length, _ = hidden.shape
+    batch, length = hidden.shape[:2]
     rows = _indices(batch_index, batch, "Prompt", hidden.device)
     if token_positions is None:
         return rows[:, None], _indices(positions, length, "Position", hidden.device)[None, :]

@@ -1,7 +1,7 @@
 """YAML text -> frozen `ArchitectureSpec`: what a family of models is made of, and what its parts are called.
 
     spec = parse_spec(Path("architectures/gpt2.yaml").read_text(), "architectures/gpt2.yaml")
-    spec.modules.layers                  # 'transformer.h'
+    spec.modules.layers                  # ('transformer.h',)
     spec.where("modules.layers")         # 'architectures/gpt2.yaml:6'
     spec.for_config(config)              # the same, with what this config changes about the layout
 
@@ -14,23 +14,24 @@ new field. Nothing here knows torch or transformers. `architectures/README.md` e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from nnterp.conditions import Condition, config_value, read_conditions
-from nnterp.errors import MissingKeyError, SpecValueError, UnknownKeyError, did_you_mean
+from nnterp.errors import CannotError, MissingKeyError, SpecValueError, UnknownKeyError, did_you_mean, nearest
 from nnterp.frozen import FrozenMapping
+from nnterp.multipliers import Multiplier, number, read_multiplier
+from nnterp.spec_layer import Layer, Part
 from nnterp.spec_reader import (
     Place,
     choice,
     compose,
     key,
     merge,
+    read_keys,
     read_name,
-    read_names,
-    read_path,
     read_path_or_null,
     read_paths,
     read_some_names,
@@ -39,106 +40,96 @@ from nnterp.spec_reader import (
 
 __all__ = [
     "ArchitectureSpec",
-    "Block",
     "Condition",
     "config_value",
     "DimensionKeys",
     "Layer",
     "Logits",
-    "Mlp",
     "Modules",
     "parse_spec",
+    "Part",
+    "Stream",
     "Variant",
 ]
 
 
+USUAL_AXES = ("batch", "position", "hidden")
+KEY = "a config key, a list of them, or the number itself"
+
+
+def _axes(place: Place) -> tuple[str, ...]:
+    axes = tuple(read_name(item) for item in place.items("a list of axes"))
+    names = sorted(name for axis in axes for name in axis.replace("positions", "position").split("*"))
+    if names not in (sorted(USUAL_AXES), sorted([*USUAL_AXES, "stream"])):
+        raise place.error(
+            f"`{place.path}` does not name the axes of a residual stream.",
+            found=", ".join(axes),
+            expected="batch, position and hidden in any order, with or without stream",
+            mend="Write the axes in the order in which the model's tensors have them; two in one are 'stream*hidden'.",
+        )
+    return axes
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    return (name, f"text_config.{name}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """The parts that a model has once, each with its full path from the causal language model."""
+    """The parts that a model has once, each with its full path from the causal language model.
 
-    embed_tokens: str | None = key(read_path_or_null, "the path of the input embedding")
-    layers: str = key(read_path, "the path of the list of layers")
-    ln_final: str | None = key(read_path_or_null, "the path of the norm after the last layer")
-    lm_head: str | None = key(read_path_or_null, "the path of the module that makes logits")
+    Of several paths the first that a model has is meant; none: the family has no such part.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class Mlp:
-    """A layer's MLP: one module, or (`module` is None) a first and a last one with no module around them."""
-
-    module: str | None
-    input: str
-    output: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _MlpEnds:
-    input: str = key(read_path, "the path of the MLP's first module")
-    output: str = key(read_path, "the path of the MLP's last module")
-
-
-def _mlp(place: Place) -> Mlp | None:
-    if place.is_null():
-        return None
-    if isinstance(place.node, yaml.MappingNode):
-        ends = section(_MlpEnds)(place)
-        return Mlp(module=None, input=ends.input, output=ends.output)
-    path = read_path(place)
-    return Mlp(module=path, input=path, output=path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The parts of one layer, with paths relative to it."""
-
-    attention: str | None = key(read_path_or_null, "the path of the attention, relative to the layer")
-    mlp: Mlp | None = key(_mlp, "the path of the MLP, relative to the layer, or {input: ..., output: ...}")
-    #: Children that see (batch * position, hidden) where the others see (batch, position, hidden).
-    flattened: tuple[str, ...] = key(read_paths, "children that see all tokens in one axis", ())
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """How a layer's parts are put together around the residual stream. Paths are relative to the layer."""
-
-    layout: str = key(choice("sequential", "parallel"), "sequential or parallel")
-    norm: str = key(choice("pre", "post", "sandwich"), "pre, post or sandwich")
-    order: tuple[str, ...] = key(read_paths, "the layer's direct children in the order in which they run")
-    #: What is added to the residual stream; None: the output of the attention or the MLP itself.
-    attention_contribution: str | None = key(read_path_or_null, "the module whose output is added", None)
-    mlp_contribution: str | None = key(read_path_or_null, "the module whose output is added", None)
-    #: Norms that the residual stream itself goes through after each addition; where there is one, the plain sum fails.
-    attention_sum_norm: str | None = key(
-        read_path_or_null, "the norm of the stream after the attention was added", None
-    )
-    mlp_sum_norm: str | None = key(read_path_or_null, "the norm of the stream after the MLP was added", None)
-
-    @property
-    def sum_holds(self) -> bool:
-        """Whether layer output == layer input + attention's contribution + MLP's contribution."""
-        return self.attention_sum_norm is None and self.mlp_sum_norm is None
+    embed_tokens: tuple[str, ...] = key(read_path_or_null, "the path of the input embedding")
+    layers: tuple[str, ...] = key(read_path_or_null, "the path of the list of layers")
+    ln_final: tuple[str, ...] = key(read_path_or_null, "the path of the norm after the last layer")
+    lm_head: tuple[str, ...] = key(read_path_or_null, "the path of the module that makes logits")
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
     """What happens to the numbers after the last module of `unembed`."""
 
+    multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
     #: The config key of the cap in logits = cap * tanh(x / cap); a null in the config means no cap.
-    softcap: str | None = key(read_name, "a config key", None)
+    softcap: str | None = key(lambda place: str(place.scalar()), "a config key or a number", None)
+
+    def applied(self, logits: Any, config: Mapping[str, Any] | Any) -> Any:
+        """The model's logits, of what its last module gave."""
+        if self.multiplier is not None:
+            logits = logits * self.multiplier.value(config)
+        cap = None if self.softcap is None else number(self.softcap, config)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The axes of what layers and their parts take and give, where they are not batch, position, hidden.
+
+    `positions` are not those of the tokens: there are more of them. `stream*hidden` are two axes in one.
+    """
+
+    layers: tuple[str, ...] = key(_axes, "the axes of a layer's input and output", USUAL_AXES)
+    parts: tuple[str, ...] = key(_axes, "the axes of what a layer's parts take and give", USUAL_AXES)
+    embeddings: tuple[str, ...] = key(_axes, "the axes of the token embeddings", USUAL_AXES)
+    #: How many positions the model itself puts before those of the tokens.
+    prefix: Multiplier | None = key(read_multiplier, "a config key or a number", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class DimensionKeys:
     """For each dimension the config keys that may hold it; the first that is there and not null wins."""
 
-    num_layers: tuple[str, ...] = key(read_names, "a config key, or a list of them")
-    num_heads: tuple[str, ...] = key(read_names, "a config key, or a list of them")
-    hidden_size: tuple[str, ...] = key(read_names, "a config key, or a list of them")
-    vocab_size: tuple[str, ...] = key(read_names, "a config key, or a list of them")
+    num_layers: tuple[str, ...] = key(read_keys, KEY, _keys("num_hidden_layers"))
+    #: Needed where there is attention.
+    num_heads: tuple[str, ...] = key(read_keys, KEY, _keys("num_attention_heads"))
+    hidden_size: tuple[str, ...] = key(read_keys, KEY, _keys("hidden_size"))
+    vocab_size: tuple[str, ...] = key(read_keys, KEY, _keys("vocab_size"))
     #: None of them set: as many as num_heads.
-    num_kv_heads: tuple[str, ...] = key(read_names, "a config key, or a list of them", ())
+    num_kv_heads: tuple[str, ...] = key(read_keys, KEY, _keys("num_key_value_heads"))
     #: None of them set: hidden_size // num_heads.
-    head_dim: tuple[str, ...] = key(read_names, "a config key, or a list of them", ())
+    head_dim: tuple[str, ...] = key(read_keys, KEY, _keys("head_dim"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +159,19 @@ def _variants(place: Place) -> tuple[Variant, ...]:
     return tuple(variants)
 
 
-def _absent(place: Place) -> Mapping[str, str]:
-    parts = [field.name for kind in (Modules, Layer) for field in dataclasses.fields(kind) if field.name in PARTS]
-    reasons: dict[str, str] = {}
-    for name, entry in place.entries().items():
-        if name not in parts:
-            raise UnknownKeyError(place.source, entry.line, place.named, name, parts)
-        if not entry.is_null():
-            reasons[name] = read_name(entry)
-    return FrozenMapping(reasons)
+def _reasons(names: Callable[[], Sequence[str]]) -> Callable[[Place], Mapping[str, str]]:
+    """A reader for a mapping from some of ``names`` to a sentence each."""
+
+    def read(place: Place) -> Mapping[str, str]:
+        reasons: dict[str, str] = {}
+        for name, entry in place.entries().items():
+            if name not in names():
+                raise UnknownKeyError(place.source, entry.line, place.named, name, names())
+            if not entry.is_null():
+                reasons[name] = read_name(entry)
+        return FrozenMapping(reasons)
+
+    return read
 
 
 def _note(place: Place) -> str:
@@ -194,17 +189,25 @@ class ArchitectureSpec:
     model_types: tuple[str, ...] = key(read_some_names, "the `model_type`s of the configs that the file serves")
     modules: Modules = key(section(Modules), "the parts that a model has once")
     layer: Layer = key(section(Layer), "the parts of one layer")
-    block: Block = key(section(Block), "how a layer's parts are put together")
-    unembed: tuple[str, ...] = key(read_paths, "the modules that make logits of the last layer's output, in turn")
-    dimensions: DimensionKeys = key(section(DimensionKeys), "the config keys of the dimensions")
+    layout: str = key(choice("sequential", "parallel"), "sequential or parallel", "sequential")
+    unembed: tuple[str, ...] = key(read_paths, "the modules that make logits", ("ln_final", "lm_head"))
+    dimensions: DimensionKeys = key(section(DimensionKeys), "the config keys of the dimensions", DimensionKeys())
     embed: tuple[str, ...] = key(read_paths, "the modules that make vectors of the tokens, in turn", ("embed_tokens",))
     logits: Logits = key(section(Logits), "what happens after the last module of `unembed`", Logits())
+    #: What the model multiplies its embeddings by before the first layer, outside of any module.
+    embedding_multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
+    stream: Stream = key(section(Stream), "the axes of the residual stream", Stream())
+    #: Modules, from the model or from a layer, into whose output the model writes after they have given it.
+    written_over: tuple[str, ...] = key(read_paths, "modules into whose output the model writes later", ())
+    #: A config key: positions are numbered from the number after its value.
+    positions_follow: str | None = key(read_name, "a config key", None)
     variants: tuple[Variant, ...] = key(_variants, "layouts that depend on the config", ())
-    absent: Mapping[str, str] = key(_absent, "what the family has not, and why", FrozenMapping())
+    absent: Mapping[str, str] = key(_reasons(lambda: PARTS), "what the family has not, and why", FrozenMapping())
+    cannot: Mapping[str, str] = key(_reasons(lambda: PROMISES), "what cannot hold, and why", FrozenMapping())
     notes: str = key(_note, "what a reader should know", "")
 
     source: str = dataclasses.field(default="", compare=False)
-    #: Every value's line, by its path in the YAML, such as 'modules.layers' or 'block.order.2'.
+    #: Every value's line, by its path in the YAML, such as 'modules.layers' or 'layer.mlp.norm'.
     lines: Mapping[str, int] = dataclasses.field(default=FrozenMapping(), compare=False, repr=False)
     text: str = dataclasses.field(default="", compare=False, repr=False)
 
@@ -221,10 +224,15 @@ class ArchitectureSpec:
         """File and line of a value, as an editor opens it: 'architectures/gpt2.yaml:7'."""
         return f"{self.source}:{self.line_of(path)}"
 
+    def refuse(self, promise: str, asked: str) -> None:
+        """Raises `CannotError`, which says why, where a promise cannot hold for this family."""
+        if promise in self.cannot:
+            raise CannotError(asked, self.cannot[promise], self.where(f"cannot.{promise}"))
+
     def for_config(self, config: Mapping[str, Any] | Any) -> ArchitectureSpec:
         """The spec of one model: every variant that holds for this config, laid over the base in file order.
 
-            spec.for_config({"use_parallel_residual": False}).block.layout        # 'sequential'
+            spec.for_config({"use_parallel_residual": False}).layout        # 'sequential'
 
         Lines then are those of the variants' values. The result has no variants left. Raises a `SpecError` where
         variants that hold at once contradict each other.
@@ -237,21 +245,21 @@ class ArchitectureSpec:
                 base = merge(base, overlay)
         return _build(base, self.source, "")
 
-    @property
-    def attention_contribution(self) -> str | None:
-        """The module, relative to the layer, whose output is what attention adds to the residual stream."""
-        return self.block.attention_contribution or self.layer.attention
 
-    @property
-    def mlp_contribution(self) -> str | None:
-        """The module, relative to the layer, whose output is what the MLP adds to the residual stream."""
-        return self.block.mlp_contribution or (self.layer.mlp.output if self.layer.mlp else None)
-
-
-ROLES = tuple(field.name for field in dataclasses.fields(Modules))
-#: Parts that a family may lack, if it says why.
-PARTS = (*(role for role in ROLES if role != "layers"), "attention", "mlp")
-VARYING = ("modules", "layer", "block", "embed", "unembed", "logits", "dimensions", "absent")
+ROLES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Modules))
+#: Parts that a family, or some of its layers, may lack, if the file says why.
+PARTS: tuple[str, ...] = (*ROLES, "attention", "mlp")
+VARYING: tuple[str, ...] = (
+    *("modules", "layer", "layout", "embed", "unembed", "embedding_multiplier", "logits", "stream", "dimensions"),
+    *("written_over", "positions_follow"),
+    *("absent", "cannot"),
+)
+#: What is promised of every family, by the names that `cannot` uses.
+PROMISES: tuple[str, ...] = (
+    *("layers", "attentions", "mlps", "mixers", "token_embeddings", "logits"),
+    *("chain", "contributions", "project_on_vocab"),
+    *("steer", "skip", "generate", "cache", "gradients", "padding", "invokes"),
+)
 
 
 def parse_spec(text: str, source: str) -> ArchitectureSpec:
@@ -282,18 +290,18 @@ def _build(node: yaml.Node, source: str, text: str) -> ArchitectureSpec:
     root = Place(source, "", 1, node)
     spec = section(ArchitectureSpec)(root)
     spec = dataclasses.replace(spec, source=source, lines=FrozenMapping(dict(root.lines())), text=text)
-    for check in (_check_absent, _check_chains, _check_norms, _check_order):
+    for check in (_check_absent, _check_layers, _check_chains):
         check(spec)
     return spec
 
 
 def _check_absent(spec: ArchitectureSpec) -> None:
     """A part is there or not there for a reason; never both, never neither."""
-    paths = {f"modules.{role}": getattr(spec.modules, role) for role in ROLES}
+    paths: dict[str, Any] = {f"modules.{role}": getattr(spec.modules, role) for role in ROLES}
     paths |= {"layer.attention": spec.layer.attention, "layer.mlp": spec.layer.mlp}
     for path, value in paths.items():
         part = path.rpartition(".")[2]
-        if value is None and part not in spec.absent:
+        if not value and part not in spec.absent:
             raise MissingKeyError(
                 spec.source,
                 spec.line_of(path),
@@ -302,7 +310,8 @@ def _check_absent(spec: ArchitectureSpec) -> None:
                 [*spec.absent],
                 f"why `{path}` is null, in one sentence",
             )
-        if value is not None and part in spec.absent:
+        # Some layers may lack what others have.
+        if value and part in spec.absent and path.startswith("modules."):
             raise SpecValueError(
                 spec.source,
                 spec.line_of(f"absent.{part}"),
@@ -310,6 +319,23 @@ def _check_absent(spec: ArchitectureSpec) -> None:
                 found=f"`{path}` on line {spec.line_of(path)}",
                 expected=f"`{path}: null`, or no reason",
                 mend=f"Take '{part}' out of `absent`, or write null for `{path}`.",
+            )
+
+
+def _check_layers(spec: ArchitectureSpec) -> None:
+    """Without a list of layers, `layer.input` and `layer.output` say where one begins and ends; with one, it does."""
+    for name in ("input", "output"):
+        if not spec.modules.layers and not getattr(spec.layer, name):
+            meaning = f"the path of a layer's {'first' if name == 'input' else 'last'} module, with * for its index"
+            raise MissingKeyError(spec.source, spec.line_of("layer"), "`layer`", name, ["attention", "mlp"], meaning)
+        if spec.modules.layers and getattr(spec.layer, name):
+            raise SpecValueError(
+                spec.source,
+                spec.line_of(f"layer.{name}"),
+                f"`layer.{name}` is for models that keep no list of layers.",
+                found=f"`modules.layers` on line {spec.line_of('modules.layers')}",
+                expected="one of the two",
+                mend="A layer of a list takes and gives what its module does.",
             )
 
 
@@ -327,7 +353,8 @@ def _check_chains(spec: ArchitectureSpec) -> None:
                 mend="Leave the key out to have the default." if name == "embed" else "Write [ln_final, lm_head].",
             )
         for index, step in enumerate(chain):
-            if "." not in step and step not in ROLES:
+            # A module at the root has no dot in its path either; a name like a role's is a slip.
+            if "." not in step and step not in ROLES and nearest(step, ROLES):
                 raise SpecValueError(
                     spec.source,
                     spec.line_of(f"{name}.{index}"),
@@ -336,56 +363,3 @@ def _check_chains(spec: ArchitectureSpec) -> None:
                     expected=f"a role ({', '.join(ROLES)}) or a full path such as 'model.norm'",
                     mend=did_you_mean(step, ROLES) or "Name it under `modules` if it is one of the roles.",
                 )
-
-
-def _check_norms(spec: ArchitectureSpec) -> None:
-    """`norm: post` is for those layers whose stream itself goes through norms, and says which."""
-    has_post = spec.block.norm == "post"
-    for part in ("attention", "mlp"):
-        path = f"block.{part}_sum_norm"
-        given = getattr(spec.block, f"{part}_sum_norm") is not None
-        if given == (has_post and getattr(spec.layer, part) is not None):
-            continue
-        fact = f"`block.norm` is {spec.block.norm}, and `{path}` is {'given' if given else 'not'}."
-        raise SpecValueError(
-            spec.source,
-            spec.line_of(path if given else "block.norm"),
-            fact,
-            found=f"norm: {spec.block.norm} on line {spec.line_of('block.norm')}",
-            expected="norm: post together with attention_sum_norm and mlp_sum_norm, or none of them",
-            mend="A norm of the stream after an addition is a `..._sum_norm`; a norm of what is added, before it is "
-            "added, is a `..._contribution` (norm: sandwich).",
-        )
-
-
-def _check_order(spec: ArchitectureSpec) -> None:
-    """What a spec says about a layer's children agrees with the order in which it says they run."""
-    mlp = spec.layer.mlp
-    named = {
-        "layer.attention": spec.layer.attention,
-        "layer.mlp.input": mlp.input if mlp else None,
-        "layer.mlp.output": mlp.output if mlp else None,
-        **{f"layer.flattened.{i}": path for i, path in enumerate(spec.layer.flattened)},
-        **{f"block.{f.name}": getattr(spec.block, f.name) for f in dataclasses.fields(Block) if f.default is None},
-    }
-    for path, value in named.items():
-        child = value.partition(".")[0] if value else None
-        if child is not None and child not in spec.block.order:
-            raise SpecValueError(
-                spec.source,
-                spec.line_of(path),
-                f"`{path}` is in '{child}', which `block.order` does not have.",
-                found=f"{value}; the order on line {spec.line_of('block.order')} is {', '.join(spec.block.order)}",
-                expected="a child of the layer that runs",
-                mend=did_you_mean(child, spec.block.order) or f"Put '{child}' into `block.order` where it runs.",
-            )
-    for index, child in enumerate(spec.block.order):
-        if "." in child:
-            raise SpecValueError(
-                spec.source,
-                spec.line_of(f"block.order.{index}"),
-                f"`block.order` has '{child}', which is no direct child of the layer.",
-                found=child,
-                expected="direct children only",
-                mend=f"Write '{child.partition('.')[0]}'.",
-            )

@@ -30,9 +30,11 @@ __all__ = [
     "key",
     "merge",
     "Place",
+    "read_keys",
     "read_name",
     "read_names",
     "read_path",
+    "read_path_choice",
     "read_path_or_null",
     "read_paths",
     "read_some_names",
@@ -218,9 +220,24 @@ def read_path(place: Place) -> str:
     return text
 
 
-def read_path_or_null(place: Place) -> str | None:
-    """A dotted module path, or None where the file says null."""
-    return None if place.is_null() else read_path(place)
+def read_path_choice(place: Place) -> tuple[str, ...]:
+    """One module path, or several of which the first that is there is meant."""
+    if not isinstance(place.node, yaml.SequenceNode):
+        return (read_path(place),)
+    paths = read_paths(place)
+    if not paths:
+        raise place.error(
+            f"`{place.path}` is empty.",
+            found="[]",
+            expected="at least one module path",
+            mend="Name the module; leave the key out where there is none.",
+        )
+    return paths
+
+
+def read_path_or_null(place: Place) -> tuple[str, ...]:
+    """The same, or nothing where the file says null."""
+    return () if place.is_null() else read_path_choice(place)
 
 
 def read_paths(place: Place) -> tuple[str, ...]:
@@ -234,6 +251,12 @@ def read_name(place: Place) -> str:
     if not text.strip():
         raise place.error(f"`{place.path}` is empty.", found="''", expected="a name", mend="Write the name.")
     return text
+
+
+def read_keys(place: Place) -> tuple[str, ...]:
+    """A config key, several of which the first that is set wins, or the number itself."""
+    value = None if isinstance(place.node, yaml.SequenceNode) else place.scalar()
+    return (str(value),) if type(value) is int and value > 0 else read_names(place)
 
 
 def read_names(place: Place) -> tuple[str, ...]:

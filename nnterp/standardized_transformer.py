@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
+from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
-from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
-from nnterp.architectures import spec_for, spec_from_file
+from nnsight_core.tracer import Tracer
+from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
+from nnterp.calling import config_of
+from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
-from nnterp.rename import RenameConfig, dimensions, plan
+from nnterp.errors import CannotError
+from nnterp.naming import name_modules
+from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
-from nnterp.validation import validate
+from nnterp.spec_layer import KINDS
+from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
@@ -37,7 +43,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     Modules: ``embed_tokens``, ``layers[i]``, ``layers[i].self_attn``, ``layers[i].mlp``, ``ln_final``, ``lm_head``.
     Values, read and set, of shape (batch, position, hidden) unless said: ``token_embeddings``,
     ``layers_input[i]``, ``layers_output[i]``, ``attentions_input[i]``, ``attentions_output[i]``, ``mlps_input[i]``,
-    ``mlps_output[i]``, ``logits`` (batch, position, vocab).
+    ``mlps_output[i]``, ``logits`` (batch, position, vocab). ``mixers_input[i]`` and ``mixers_output[i]`` are there for
+    every layer: its attention, or what it has instead, such as a state-space mixer.
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -47,14 +54,15 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         check_renaming: check the names by numbers, with one small forward pass.
         rename_config: which modules play which part, where the specification does not fit the model.
         rename: extra names for modules, ``{"transformer.h": "blocks"}``.
-        spec: a specification of one's own, as a path to a YAML file.
+        spec: a specification of one's own, as a path to a YAML file. Without one, a model whose type no file serves is
+            opened by its structure, which one forward pass shows (`nnterp spec MODEL` prints what was found).
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
         enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
         kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
-        UnknownArchitectureError: no specification serves the model's type.
+        UnknownArchitectureError: no specification serves the model's type, and its structure cannot be found.
         RenamingError: a name or path does not fit the model.
         ValidationError: the specification's promises do not hold on this model.
     """
@@ -66,11 +74,14 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     hidden_size: int
     vocab_size: int
     attentions: ModuleAccess
+    mixers: ModuleAccess
     mlps: ModuleAccess
     layers_input: ValueAccess
     layers_output: ValueAccess
     attentions_input: ValueAccess
     attentions_output: ValueAccess
+    mixers_input: ValueAccess
+    mixers_output: ValueAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
 
@@ -92,20 +103,16 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             module = model
         else:
             module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        config: Any = module.config
-        family = spec_from_file(spec) if spec else spec_for(config.model_type)
-        self._spec = family.for_config(config)
-        sizes = dimensions(self._spec, config, rename_config)
-        names = [name for name, _ in module.named_modules()]
-        self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
+        named = name_modules(module, spec, rename_config, rename)
+        self._spec, self._plan, self._sizes = named.spec, named.plan, named.sizes
         super().__init__(module, tokenizer, aliases=self._plan.aliases)
+        self._tree.written_over = frozenset(module.get_submodule(path) for path in self._plan.written_over)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
-            setattr(self, name, getattr(sizes, name))
+            setattr(self, name, getattr(self._sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
-        self._embeddings_place = Place(self._plan.embed[-1], "output", "token_embeddings")
         self._add_accessors()
         if check_renaming and not any(each.is_meta for each in module.parameters()):
-            validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
+            validate(module, self._plan, self._spec, self._sizes, self.project_on_vocab)
 
     def _twin(self) -> StandardizedTransformer:
         twin = super()._twin()
@@ -115,26 +122,66 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
 
     def _add_accessors(self) -> None:
         layers = self._plan.layers
+        own = tuple(PartPlan("layer", each.path, each.input, each.output, each.output) for each in layers)
+        self._add_accessor("layers", own, self._shape("layers"))
+        shape = self._shape("parts")
+        self._add_accessor("attentions", tuple(each.part("attention") for each in layers), shape)
+        self._add_accessor("mixers", tuple(each.mixer for each in layers), shape)
+        self._add_accessor("mlps", tuple(each.part("mlp") for each in layers), shape)
+
+    def _shape(self, what: str) -> StreamShape:
+        return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)
+
+    def _add_accessor(self, name: str, parts: tuple[PartPlan | None, ...], shape: StreamShape) -> None:
         # Were they to hold the model itself, which holds them, only the garbage collector could free it.
         root = Envoy(self._module, "", self._tree)
+        reasons = tuple(self._why_not(name, index) for index in range(len(parts)))
+        if name in self._spec.cannot:
+            parts = (None,) * len(parts)
+        for kind in ("input", "output"):
+            places = tuple(
+                Place(getattr(part, kind), kind, f"{name}_{kind}[{index}]", shape=shape) if part else None
+                for index, part in enumerate(parts)
+            )
+            setattr(self, f"{name}_{kind}", ValueAccess(root, f"{name}_{kind}", places, reasons, shape))
+        if name != "layers":
+            modules = tuple(part.module if part else None for part in parts)
+            setattr(self, name, ModuleAccess(root, name, modules, reasons))
 
-        def values(name: str, kind: str, paths: Sequence[str | None], why_not: str) -> ValueAccess:
-            places = [
-                Place(path, kind, f"{name}_{kind}[{index}]") if path else None for index, path in enumerate(paths)
-            ]
-            return ValueAccess(root, f"{name}_{kind}", tuple(places), why_not)
+    def _why_not(self, name: str, index: int) -> str:
+        """Why a layer has no such part, or none that can be read."""
+        spec, mixer = self._spec, self._plan.layers[index].mixer
+        if name in spec.cannot:
+            return spec.cannot[name]
+        reason = spec.absent.get({"attentions": "attention", "mlps": "mlp"}.get(name, ""), "")
+        if name == "attentions" and mixer and mixer.kind in KINDS and mixer.kind != "attention":
+            what = f"It has {KINDS[mixer.kind]} instead, which mixers_output[{index}] reads."
+            return f"{reason} {what}".strip()
+        return reason or f"{spec.source} names none."
 
-        for name, role, starts, ends in (
-            ("layers", "layers", [each.path for each in layers], [each.path for each in layers]),
-            ("attentions", "attention", [each.attention for each in layers], [each.attention for each in layers]),
-            ("mlps", "mlp", [each.mlp_input for each in layers], [each.mlp_output for each in layers]),
-        ):
-            why_not = str(self._spec.absent.get(role, f"{self._spec.source} names none."))
-            setattr(self, f"{name}_input", values(name, "input", starts, why_not))
-            setattr(self, f"{name}_output", values(name, "output", ends, why_not))
-            if name != "layers":
-                modules = tuple(getattr(each, role) for each in layers)
-                setattr(self, name, ModuleAccess(root, name, modules, why_not))
+    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
+        first = config_value(self.config, self._spec.positions_follow) if self._spec.positions_follow else None
+        return super()._positions(mask) + (0 if first is None else first + 1)
+
+    def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
+        call = super()._batch_call(batch, kwargs)
+        if call.padding and any(call.padding):
+            self._spec.refuse("padding", "A batch of prompts of several lengths")
+        return call
+
+    def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
+        if len(calls) > 1:
+            self._spec.refuse("invokes", "Several invokes in one pass")
+        return super()._combine(calls)
+
+    def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+        """Open a trace of a generation, as :meth:`LanguageModel.generate` does.
+
+        Raises:
+            CannotError: the family cannot generate.
+        """
+        self._spec.refuse("generate", "generate(...)")
+        return super().generate(*inputs, invoker_args=invoker_args, **kwargs)
 
     @property
     def input_ids(self) -> Any:
@@ -154,11 +201,21 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     @property
     def token_embeddings(self) -> Any:
         """What the embedding gives for each token, before anything is added: (batch, position, hidden)."""
-        return read(self, self._embeddings_place)
+        return read(self, self._embeddings_place())
 
     @token_embeddings.setter
     def token_embeddings(self, value: Any) -> None:
-        write(self, self._embeddings_place, value)
+        write(self, self._embeddings_place(), value)
+
+    def _promised(self) -> Iterator[Row]:
+        """What the specification promises, each row with what the model gave."""
+        return promised(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+
+    def _embeddings_place(self) -> Place:
+        if not self._plan.embed:
+            origin = self._spec.where("modules.embed_tokens")
+            raise CannotError("token_embeddings", self._spec.absent["embed_tokens"], origin)
+        return Place(self._plan.embed[-1], "output", "token_embeddings", shape=self._shape("embeddings"))
 
     @property
     def logits(self) -> Any:

@@ -7,7 +7,6 @@ A specification promises where the residual stream runs and what is added to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +14,35 @@ import torch
 
 from nnsight_core.cache import collect
 from nnsight_core.values import first_tensor
-from nnterp.accessors import logits_of
+from nnterp.accessors import StreamShape, logits_of
+from nnterp.calling import call_model, config_of, evaluating, some_tokens
 from nnterp.dimensions import Dimensions
 from nnterp.errors import ValidationError
+from nnterp.multipliers import times
 from nnterp.rename_plan import LayerPlan, RenamePlan
 from nnterp.spec import ROLES, ArchitectureSpec
+from nnterp.spec_layer import KINDS
 
 BATCH, POSITIONS = 2, 5
+#: What the accessors of a part are called.
+PART_NAMES = {"attention": "attentions", "mlp": "mlps", "also_added": "mlps"}
 #: How far two ways to the same number may differ, relative to its size: rounding, not meaning.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One promise: two tensors that ought to be the same.
+    """Two tensors that ought to be the same.
 
     Args:
+        kind: which of the promises of `nnterp.spec.PROMISES` it belongs to.
         promise: the relation, in words.
         origin: which line of which file says so.
         seen: what the model gave.
         expected: what it ought to have given; a shape where only the shape is promised.
     """
 
+    kind: str
     promise: str
     origin: str
     seen: torch.Tensor
@@ -64,14 +70,22 @@ class Probe:
 
     def __init__(self, module: torch.nn.Module, plan: RenamePlan) -> None:
         paths = {path for layer in plan.layers for path in _paths(layer)}
-        paths |= {path for path in (*plan.embed, *plan.unembed) if path}
+        paths |= {*plan.embed, *plan.unembed}
         self._modules = {path: module.get_submodule(path) for path in sorted(paths)}
-        vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        device = next(module.parameters()).device
-        ids = (torch.arange(BATCH * POSITIONS, device=device).reshape(BATCH, POSITIONS) * 7 + 3) % vocabulary
-        with _evaluating(module), torch.no_grad():
-            self._kept, output = collect(lambda: module(input_ids=ids), self._modules.values())
+        ids = some_tokens(module, BATCH, POSITIONS)
+        given: dict[tuple[torch.nn.Module, str], Any] = {}
+        with evaluating(module), torch.no_grad():
+            self._kept, output = collect(lambda: call_model(module, ids), self._modules.values(), given)
         self.logits: torch.Tensor = logits_of(output)
+        #: Modules into whose output the model wrote after they had given it.
+        self.written_over = tuple(path for path in self._modules if self._is_changed(path, given))
+
+    def _is_changed(self, path: str, given: dict[tuple[torch.nn.Module, str], Any]) -> bool:
+        key = (self._modules[path], "output")
+        if key not in given:
+            return False
+        one, other = first_tensor(given[key]), first_tensor(self._kept[key])
+        return not torch.equal(one.nan_to_num(), other.nan_to_num())
 
     def input(self, path: str) -> torch.Tensor:
         """The first tensor that the module at ``path`` took."""
@@ -91,22 +105,12 @@ class Probe:
         return value
 
 
-def _paths(layer: LayerPlan) -> list[str]:
-    fields = ("path", "attention", "mlp_input", "mlp_output", "attention_contribution", "mlp_contribution")
-    found = [getattr(layer, name) for name in (*fields, "attention_sum_norm", "mlp_sum_norm")]
-    return [path for path in found if path]
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout; each module gets its own mode back."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
+def _paths(layer: LayerPlan) -> set[str]:
+    """Every module that takes part in what is promised of a layer."""
+    fields = ("input", "output", "contribution", "norm", "stream", "sum_norm")
+    return {layer.input, layer.output} | {
+        path for part in layer.parts for name in fields if (path := getattr(part, name))
+    }
 
 
 def validate(
@@ -128,86 +132,141 @@ def validate(
     Raises:
         ValidationError: names the first promise that does not hold, the line that makes it, and what was seen.
     """
-    probe = Probe(module, plan)
-    with _evaluating(module), torch.no_grad():
-        for row in _rows(probe, plan, spec, sizes, unembed):
-            wrong = row.disagreement()
-            if wrong is not None:
-                raise ValidationError(row.origin, row.promise, wrong, spec.family)
+    for row in promised(module, plan, spec, sizes, unembed):
+        wrong = row.disagreement()
+        if wrong is not None:
+            raise ValidationError(row.origin, row.promise, wrong, spec.family)
 
 
-def _rows(
-    probe: Probe,
+def promised(
+    module: torch.nn.Module,
     plan: RenamePlan,
     spec: ArchitectureSpec,
     sizes: Dimensions,
     unembed: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[Row]:
-    stream = (BATCH, POSITIONS, sizes.hidden_size)
-    yield Row(
-        "token_embeddings is (batch, position, hidden)",
-        _said(plan, "embed_tokens"),
-        probe.output(plan.embed[-1]),
-        stream,
-    )
-    for index, layer in enumerate(plan.layers):
-        yield from _layer_rows(probe, plan, spec, index, layer, stream)
-    for index, (layer, following) in enumerate(zip(plan.layers, plan.layers[1:], strict=False)):
-        promise = f"layers_output[{index}] is layers_input[{index + 1}]"
-        yield Row(promise, _said(plan, "layers"), probe.input(following.path), probe.output(layer.path))
-    yield Row(
-        "logits is (batch, position, vocab)",
-        spec.where("dimensions.vocab_size"),
-        probe.logits,
-        (BATCH, POSITIONS, sizes.vocab_size),
-    )
-    last = probe.output(plan.layers[-1].path)
-    value = last
-    for path in plan.unembed:
-        role = next((name for name in ROLES if plan.modules.get(name) == path), None)
-        origin = _said(plan, role) if role else spec.where("unembed")
-        promise = f"{path} takes its turn in {' of '.join(reversed(spec.unembed))} of the last layer's output"
-        yield Row(promise, origin, probe.input(path), value)
-        value = probe.output(path)
-    origin = spec.where("logits.softcap" if spec.logits.softcap else "unembed")
-    yield Row("logits is what project_on_vocab makes of the last layer's output", origin, probe.logits, unembed(last))
+    """What `validate` checks, row by row, without what the specification says cannot hold."""
+    probe = Probe(module, plan)
+    for path in probe.written_over:
+        if path not in plan.written_over:
+            promise = f"what {path} gives stays as it is, as `written_over` does not list it"
+            raise ValidationError(spec.where("written_over"), promise, "the model writes into it later", spec.family)
+    with evaluating(module), torch.no_grad():
+        for row in _Table(probe, plan, spec, config_of(module), sizes).rows(unembed):
+            if row.kind not in spec.cannot:
+                yield row
 
 
-def _layer_rows(
-    probe: Probe, plan: RenamePlan, spec: ArchitectureSpec, index: int, layer: LayerPlan, stream: tuple[int, ...]
-) -> Iterator[Row]:
-    places: list[tuple[str, str, str | None, Any]] = [
-        ("layers_input", "modules.layers", layer.path, probe.input),
-        ("attentions_input", "layer.attention", layer.attention, probe.input),
-        ("attentions_output", "layer.attention", layer.attention, probe.output),
-        ("mlps_input", "layer.mlp", layer.mlp_input, probe.input),
-        ("mlps_output", "layer.mlp", layer.mlp_output, probe.output),
-        ("layers_output", "modules.layers", layer.path, probe.output),
-    ]
-    for name, origin, path, read in places:
-        if path:
-            said = plan.origins.get(origin) or spec.where(origin)
-            yield Row(f"{name}[{index}] is (batch, position, hidden)", said, read(path), stream)
-    if layer.attention_contribution and layer.mlp_contribution:
-        yield from _stream_rows(probe, spec, index, layer)
+class _Table:
+    """The promises of one model, row by row."""
 
+    def __init__(self, probe: Probe, plan: RenamePlan, spec: ArchitectureSpec, config: Any, sizes: Dimensions) -> None:
+        self.probe = probe
+        self.plan = plan
+        self.spec = spec
+        self.config = config
+        self.sizes = sizes
+        self.stream = StreamShape.of("layers", spec, config, sizes.hidden_size)
+        self.parts = StreamShape.of("parts", spec, config, sizes.hidden_size)
 
-def _stream_rows(probe: Probe, spec: ArchitectureSpec, index: int, layer: LayerPlan) -> Iterator[Row]:
-    """The residual stream through one layer: what comes in, what is added, what the stream's own norms make of it."""
-    assert layer.attention_contribution and layer.mlp_contribution
-    value = probe.input(layer.path) + probe.output(layer.attention_contribution)
-    if layer.attention_sum_norm:
-        promise = f"the stream of layer {index} goes through {layer.attention_sum_norm} after its attention"
-        yield Row(promise, spec.where("block.attention_sum_norm"), probe.input(layer.attention_sum_norm), value)
-        value = probe.output(layer.attention_sum_norm)
-    value = value + probe.output(layer.mlp_contribution)
-    if layer.mlp_sum_norm:
-        promise = f"the stream of layer {index} goes through {layer.mlp_sum_norm} after its MLP"
-        yield Row(promise, spec.where("block.mlp_sum_norm"), probe.input(layer.mlp_sum_norm), value)
-        value = probe.output(layer.mlp_sum_norm)
-    promise = f"layers_output[{index}] is layers_input[{index}] + the attention's and the MLP's contributions"
-    yield Row(promise, spec.where("block"), probe.output(layer.path), value)
+    def rows(self, unembed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Row]:
+        """All rows; a later one may need what an earlier one promises."""
+        plan, probe, spec = self.plan, self.probe, self.spec
+        if plan.embed:
+            yield from self._embedding_rows()
+        for index, layer in enumerate(plan.layers):
+            yield from self._shapes(index, layer)
+            if "contributions" not in spec.cannot and layer.is_whole:
+                yield from self._sum(index, layer)
+        for index, (layer, following) in enumerate(zip(plan.layers, plan.layers[1:], strict=False)):
+            promise = f"layers_output[{index}] is layers_input[{index + 1}]"
+            origin = self._said("layers")
+            yield Row("chain", promise, origin, probe.input(following.input), probe.output(layer.output))
+        logits = (BATCH, POSITIONS, self.sizes.vocab_size)
+        yield Row(
+            "logits", "logits is (batch, position, vocab)", spec.where("dimensions.vocab_size"), probe.logits, logits
+        )
+        if "project_on_vocab" not in spec.cannot:
+            yield from self._unembedding(unembed)
 
+    def _embedding_rows(self) -> Iterator[Row]:
+        plan, probe, spec = self.plan, self.probe, self.spec
+        embeddings = StreamShape.of("embeddings", spec, self.config, self.sizes.hidden_size)
+        seen = probe.output(plan.embed[-1])
+        promise = f"token_embeddings is ({embeddings.named})"
+        wanted = embeddings.sizes(BATCH, POSITIONS, seen.shape)
+        yield Row("token_embeddings", promise, self._said("embed_tokens"), seen, wanted)
+        if spec.embedding_multiplier:
+            promise = f"layers_input[0] is token_embeddings * {spec.embedding_multiplier.text}"
+            value = times(spec.embedding_multiplier, probe.output(plan.embed[-1]), self.config)
+            yield Row("chain", promise, spec.where("embedding_multiplier"), probe.input(plan.layers[0].input), value)
 
-def _said(plan: RenamePlan, role: str) -> str:
-    return plan.origins.get(f"modules.{role}", "")
+    def _shapes(self, index: int, layer: LayerPlan) -> Iterator[Row]:
+        places: list[tuple[str, str, str, Any]] = [("layers_input", "modules.layers", layer.input, self.probe.input)]
+        for part in layer.parts:
+            name = PART_NAMES.get(part.kind, "mixers")
+            origin = f"layer.{part.kind}"
+            places += [(f"{name}_input", origin, part.input, self.probe.input)]
+            places += [(f"{name}_output", origin, part.output, self.probe.output)]
+        places += [("layers_output", "modules.layers", layer.output, self.probe.output)]
+        for name, origin, path, see in places:
+            kind = name.partition("_")[0]
+            if kind in self.spec.cannot:
+                continue
+            said = self.plan.origins.get(origin) or self.spec.where(origin)
+            shape, seen = self.stream if kind == "layers" else self.parts, see(path)
+            yield Row(
+                kind, f"{name}[{index}] is ({shape.named})", said, seen, shape.sizes(BATCH, POSITIONS, seen.shape)
+            )
+
+    def _sum(self, index: int, layer: LayerPlan) -> Iterator[Row]:
+        """The residual stream through one layer: what comes in, what is added, what its own norms make of it."""
+        probe = self.probe
+        value = start = probe.input(layer.input)
+        for part in layer.parts:
+            origin = self.spec.where(f"layer.{part.kind}")
+            name = part.kind.replace("_", " ")
+
+            def row(promise: str, seen: torch.Tensor, expected: torch.Tensor, origin: str = origin) -> Row:
+                return Row("contributions", promise, origin, seen, expected)
+
+            if part.stream:
+                promise = f"the stream of layer {index} goes through {part.stream} before its {name}"
+                yield row(promise, probe.input(part.stream), value)
+                value = start = probe.output(part.stream)
+            if part.norm:
+                # What a layer has to mix positions stands side by side, if there is more than one.
+                beside = self.spec.layout == "parallel" or part.kind in KINDS
+                reads = "the layer's input" if beside else "the stream so far"
+                promise = f"the {name} of layer {index} reads {reads} through {part.norm}"
+                yield row(promise, probe.input(part.norm), start if beside else value)
+                yield row(promise, probe.input(part.input), probe.output(part.norm))
+            value = times(part.stream_multiplier, value, self.config)
+            value = value + times(part.multiplier, probe.output(part.contribution), self.config)
+            if part.sum_norm:
+                promise = f"the stream of layer {index} goes through {part.sum_norm} after its {name}"
+                yield row(promise, probe.input(part.sum_norm), value)
+                value = probe.output(part.sum_norm)
+        promise = f"layers_output[{index}] is layers_input[{index}] + the contributions of its parts"
+        yield Row("contributions", promise, self.spec.where("layer"), probe.output(layer.output), value)
+
+    def _unembedding(self, unembed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Row]:
+        plan, probe, spec = self.plan, self.probe, self.spec
+        last = value = self.stream.view(probe.output(plan.layers[-1].output))
+        steps = [f"logits.{name}" for name in ("softcap", "multiplier") if getattr(spec.logits, name)]
+        origin = spec.where(steps[0] if steps else "unembed")
+        promise = "logits is what project_on_vocab makes of the last layer's output"
+        whole = Row("project_on_vocab", promise, origin, probe.logits, unembed(last))
+        if whole.disagreement():
+            # Which step is wrong? Only asked then: a module that runs elsewhere as well has other numbers there.
+            value = self.stream.joined(value)
+            for path in plan.unembed:
+                role = next((name for name in ROLES if plan.modules.get(name) == path), None)
+                said = self._said(role) if role else spec.where("unembed")
+                promise = f"{path} takes its turn in {' of '.join(reversed(spec.unembed))} of the last layer's output"
+                yield Row("project_on_vocab", promise, said, probe.input(path), value)
+                value = probe.output(path)
+        yield whole
+
+    def _said(self, role: str) -> str:
+        return self.plan.origins.get(f"modules.{role}", "")

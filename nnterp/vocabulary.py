@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight_core.arguments import apply
+from nnterp.calling import config_of
 from nnterp.errors import TopCountError
 from nnterp.token_text import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nnterp.accessors import ValueAccess
     from nnterp.rename_plan import RenamePlan
     from nnterp.spec import ArchitectureSpec
 
@@ -23,6 +25,7 @@ class Vocabulary:
 
     _plan: RenamePlan
     _spec: ArchitectureSpec
+    layers_output: ValueAccess
     tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
 
@@ -45,15 +48,18 @@ class Vocabulary:
 
         Returns:
             logits of shape (..., vocab).
+
+        Raises:
+            CannotError: the family's logits are made of more than the last layer's output.
         """
+        self._spec.refuse("project_on_vocab", "project_on_vocab(...)")
+        hidden_state = self.layers_output.shape.joined(hidden_state)
         for path in self._plan.unembed:
             hidden_state = self.get(path)(hidden_state)  # type: ignore[attr-defined]
-        return apply(self._soft_capped, hidden_state)
+        return apply(self._finished, hidden_state)
 
-    def _soft_capped(self, logits: torch.Tensor) -> torch.Tensor:
-        key = self._spec.logits.softcap
-        cap = getattr(self.config, key) if key else None  # type: ignore[attr-defined]
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    def _finished(self, logits: torch.Tensor) -> Any:
+        return self._spec.logits.applied(logits, config_of(self._module))  # type: ignore[attr-defined]
 
     def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
         """Token texts and their probabilities, in the given order.

@@ -1,35 +1,22 @@
-"""Specification -> tiny random model: the rows on which everything family-specific is tested. Nothing is downloaded.
+"""Some model types in more detail than the matrix: their variants, sizes and tied embeddings, as rows of tests.
 
-    model = tiny_model("gpt2")                              # three layers, 64 wide, the same weights every time
-    model = tiny_model("opt", do_layer_norm_before=False)
+model = tiny_model("gpt2")                              # three layers, 64 wide, the same weights every time
+model = tiny_model("opt", do_layer_norm_before=False)
 
-    @pytest.mark.parametrize(("model_type", "overrides"), [row[1:] for row in FAMILY_VARIANTS], ids=IDS)
-
-A new family gets a configuration in tiny_configs.yaml, and then has its rows here.
+@pytest.mark.parametrize(("model_type", "overrides"), [row[1:] for row in FAMILY_VARIANTS], ids=IDS)
 """
 
 from __future__ import annotations
 
-import copy
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tests.matrix.models import tiny_config, tiny_model
 
 __all__ = ["FAMILY_VARIANTS", "FamilyVariant", "IDS", "MODEL_TYPES", "tiny_config", "tiny_inputs", "tiny_model"]
 
-
-@lru_cache(maxsize=1)
-def _configs() -> dict[str, dict[str, Any]]:
-    text = Path(__file__).with_name("tiny_configs.yaml").read_text(encoding="utf-8")
-    configs: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return configs
-
-
-MODEL_TYPES = tuple(_configs())
+MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "opt", "phi")
 
 
 class FamilyVariant(NamedTuple):
@@ -38,29 +25,6 @@ class FamilyVariant(NamedTuple):
     id: str
     model_type: str
     overrides: dict[str, Any]
-
-
-def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
-    """A tiny configuration; `overrides` replace single values."""
-    values = copy.deepcopy(_configs()[model_type]) | overrides
-    config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
-    return config
-
-
-def tiny_model(model_type: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny model in eval mode and float32 whose weights depend on nothing but its configuration."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            tiny_config(model_type, **overrides), dtype=torch.float32
-        )
-        # Fresh norms scale by one and fresh biases are zero, so that one norm taken for another would go unnoticed.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.eval()
-    return model
 
 
 def tiny_inputs(batch: int = 2, positions: int = 11, vocab: int = 320) -> torch.Tensor:
@@ -73,10 +37,13 @@ GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi")
 
 #: How each of these is told in the config.
 WIDTH_AND_DEPTH: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 2},
-    "opt": {"hidden_size": 48, "word_embed_proj_dim": 48, "num_attention_heads": 6, "num_hidden_layers": 2},
+    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 4},
+    "opt": {"hidden_size": 48, "word_embed_proj_dim": 48, "num_attention_heads": 6, "num_hidden_layers": 4},
 }
-DEFAULT_WIDTH_AND_DEPTH = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2}
+DEFAULT_WIDTH_AND_DEPTH = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 4}
+for _name in ("qwen2", "qwen3", "gemma2"):
+    # The tiny configurations say what each of three layers is.
+    WIDTH_AND_DEPTH[_name] = {**DEFAULT_WIDTH_AND_DEPTH, "layer_types": None}
 
 
 def _rows() -> list[FamilyVariant]:

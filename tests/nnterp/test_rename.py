@@ -108,11 +108,11 @@ def test_opt_has_no_mlp_module() -> None:
     made = plan(spec_for("opt"), OPT, 2)
     layer = made.layers[1]
     assert layer.path == "model.decoder.layers.1"
-    assert (layer.mlp, layer.mlp_input, layer.mlp_output) == (None, f"{layer.path}.fc1", f"{layer.path}.fc2")
-    assert layer.mlp_contribution == layer.mlp_output
-    assert layer.attention == layer.attention_contribution == f"{layer.path}.self_attn"
-    assert layer.attention_sum_norm is None
-    assert f"{layer.path}.fc1" in layer.flattened
+    attention, mlp = layer.parts
+    assert (layer.mlp, mlp.input, mlp.output) == (None, f"{layer.path}.fc1", f"{layer.path}.fc2")
+    assert mlp.contribution == mlp.output
+    assert layer.attention == attention.contribution == f"{layer.path}.self_attn"
+    assert attention.norm == f"{layer.path}.self_attn_layer_norm" and attention.sum_norm is None
     assert layer.path not in made.aliases
     assert made.resolve("model.layers.1.fc1") == made.resolve("layers.1.fc1") == "model.decoder.layers.1.fc1"
 
@@ -125,7 +125,7 @@ def test_opt_350m() -> None:
     assert "ln_final" not in made.aliases[""]
     assert made.unembed == ("model.decoder.project_out", "lm_head")
     assert made.embed == ("model.decoder.embed_tokens", "model.decoder.project_in")
-    assert made.layers[0].mlp_sum_norm == "model.decoder.layers.0.final_layer_norm"
+    assert made.layers[0].parts[1].sum_norm == "model.decoder.layers.0.final_layer_norm"
 
 
 def test_a_plan_is_frozen_and_can_be_copied() -> None:
@@ -190,12 +190,12 @@ def test_the_users_names_win() -> None:
         ln_final_name="norm",
     )
     spec = dataclasses.replace(
-        spec_for("gpt2"), modules=dataclasses.replace(spec_for("gpt2").modules, embed_tokens="net.tokens")
+        spec_for("gpt2"), modules=dataclasses.replace(spec_for("gpt2").modules, embed_tokens=("net.tokens",))
     )
     made = plan(spec, OWN, 2, user)
     assert made.modules["layers"] == "net.blocks" and made.modules["model"] == "net"
-    assert made.layers[1].attention == made.layers[1].attention_contribution == "net.blocks.1.inner.mixer"
-    assert made.layers[1].mlp == made.layers[1].mlp_output == "net.blocks.1.inner.ff"
+    assert made.layers[1].attention == made.layers[1].parts[0].contribution == "net.blocks.1.inner.mixer"
+    assert made.layers[1].mlp == made.layers[1].parts[1].output == "net.blocks.1.inner.ff"
     assert made.resolve("model.layers.1.self_attn") == "net.blocks.1.inner.mixer"
     assert made.unembed == ("net.norm", "head")
     assert made.origins["layer.attention"] == "RenameConfig(attn_name='mixer')"
@@ -226,12 +226,12 @@ def test_layers_may_differ_where_the_user_names_the_parts() -> None:
     paths = [path for path in GPT2 if not path.startswith("transformer.h.1.attn")] + ["transformer.h.1.ssm"]
     made = plan(spec_for("gpt2"), paths, 3, RenameConfig(attn_name=["attention", "attn"]))
     assert [layer.attention is None for layer in made.layers] == [False, True, False]
-    assert made.layers[1].attention_contribution is None
+    assert [part.kind for part in made.layers[1].parts] == ["mlp"]
 
 
 def test_parts_may_be_ignored() -> None:
     made = gpt2(user=RenameConfig(ignore_attn=True, ignore_mlp=True))
-    assert made.layers[0].attention is made.layers[0].mlp is made.layers[0].mlp_contribution is None
+    assert made.layers[0].attention is made.layers[0].mlp is None and made.layers[0].parts == ()
     assert "transformer.h.0" not in made.aliases
 
 

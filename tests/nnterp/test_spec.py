@@ -8,12 +8,14 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnterp.conditions import config_value
 from nnterp.errors import (
+    CannotError,
     DuplicateKeyError,
     MissingKeyError,
     SpecError,
@@ -21,7 +23,7 @@ from nnterp.errors import (
     SpecValueError,
     UnknownKeyError,
 )
-from nnterp.spec import ArchitectureSpec, parse_spec
+from nnterp.spec import ArchitectureSpec, Part, parse_spec
 
 TOY = """\
 family: toy
@@ -33,11 +35,11 @@ modules:
   lm_head: head
 layer:
   attention: attn
-  mlp: mlp
-block:
-  layout: sequential
-  norm: pre
-  order: [ln_1, attn, ln_2, mlp]
+  mlp: {module: mlp, norm: ln_2, contribution: drop}
+layout: sequential
+logits:
+  softcap: cap
+embed: [embed_tokens]
 unembed: [ln_final, lm_head]
 dimensions:
   num_layers: [depth, num_layers]
@@ -46,7 +48,7 @@ dimensions:
   vocab_size: vocab
 variants:
   - when: {parallel: true}
-    block: {layout: parallel}
+    layout: parallel
   - when: {final_norm: false, kind: [a, b]}
     modules: {ln_final: null}
     absent: {ln_final: No such norm.}
@@ -84,18 +86,15 @@ def test_a_whole_file() -> None:
     spec = parse_spec(TOY, "toy.yaml")
     assert spec.family == "toy"
     assert spec.model_types == ("toy", "toy2")
-    assert spec.modules.layers == "net.blocks"
-    assert (
-        spec.layer.mlp is not None and spec.layer.mlp.module == spec.layer.mlp.input == spec.layer.mlp.output == "mlp"
-    )
-    assert spec.block.order == ("ln_1", "attn", "ln_2", "mlp")
+    assert spec.modules.layers == ("net.blocks",)
+    assert spec.layer.mlp == Part(module=("mlp",), norm=("ln_2",), contribution=("drop",))
+    assert spec.layer.mixers() == {"attention": Part(module=("attn",))}
+    assert spec.layout == "sequential"
     assert spec.unembed == ("ln_final", "lm_head")
     assert spec.embed == ("embed_tokens",)
-    assert spec.logits.softcap is None
+    assert spec.logits.softcap == "cap" and spec.logits.multiplier is None
     assert spec.dimensions.num_layers == ("depth", "num_layers")
-    assert spec.dimensions.num_kv_heads == ()
-    assert (spec.attention_contribution, spec.mlp_contribution) == ("attn", "mlp")
-    assert spec.block.sum_holds
+    assert spec.dimensions.num_kv_heads == ("num_key_value_heads", "text_config.num_key_value_heads")
     assert spec.notes == "A toy."
 
 
@@ -116,12 +115,12 @@ def test_a_spec_is_frozen_hashable_and_can_be_copied() -> None:
         ("model_types.1", 2),
         ("modules", 3),
         ("modules.ln_final", 6),
-        ("block.order", 14),
-        ("block.order.2", 14),
+        ("layout", 11),
+        ("layer.mlp.norm", 10),
         ("dimensions.num_heads", 18),
         # Defaults have no line of their own: what encloses them has.
-        ("block.attention_contribution", 11),
-        ("logits.softcap", 1),
+        ("layer.mlp.sum_norm", 10),
+        ("logits.multiplier", 12),
         ("variants.1.when", 24),
     ],
 )
@@ -131,12 +130,77 @@ def test_lines(path: str, line: int) -> None:
     assert spec.where(path) == f"toy.yaml:{line}"
 
 
-def test_an_mlp_without_a_module() -> None:
-    text = changed(("  mlp: mlp\n", "  mlp: {input: fc1, output: fc2}\n"), ("ln_2, mlp]", "ln_2, fc1, fc2]"))
+MLP = "  mlp: {module: mlp, norm: ln_2, contribution: drop}"
+
+
+def test_a_part_without_a_module() -> None:
+    spec = parse_spec(changed((MLP, "  mlp: {input: fc1, output: fc2}")), "toy.yaml")
+    assert spec.layer.mlp == Part(input=("fc1",), output=("fc2",))
+    failure(MissingKeyError, changed((MLP, "  mlp: {input: fc1}")), 10, "`layer.mlp` lacks the key 'output'")
+
+
+def test_of_several_paths_the_first_that_is_there_is_meant() -> None:
+    spec = parse_spec(changed((MLP, "  mlp: [moe, mlp]"), ("net.blocks", "[net.blocks, h]")), "toy.yaml")
+    assert spec.layer.mlp == Part(module=("moe", "mlp"))
+    assert spec.modules.layers == ("net.blocks", "h")
+    failure(SpecValueError, changed((MLP, "  mlp: []")), 10, "`layer.mlp` is empty")
+
+
+def test_layers_of_several_kinds() -> None:
+    more = f"{MLP}\n  state_space: {{module: attn, has: [conv, scan]}}\n  convolution: conv\n  also_added: [extra]"
+    spec = parse_spec(changed((MLP, more)), "toy.yaml")
+    assert list(spec.layer.mixers()) == ["attention", "state_space", "convolution"]
+    assert spec.layer.mixers()["state_space"].has == ("conv", "scan")
+    assert spec.layer.also_added == (Part(module=("extra",)),)
+
+
+def test_a_model_without_a_list_of_layers() -> None:
+    text = changed(("net.blocks", "null"), ("attention: attn", "attention: net.attn.*\n  input: net.attn.*"))
+    text += "absent: {layers: There are lists of parts.}\n"
+    failure(MissingKeyError, text, 8, "`layer` lacks the key 'output'")
+    text = text.replace("  input:", "  output: net.norm.*\n  input:")
     spec = parse_spec(text, "toy.yaml")
-    assert spec.layer.mlp is not None
-    assert (spec.layer.mlp.module, spec.layer.mlp.input, spec.layer.mlp.output) == (None, "fc1", "fc2")
-    assert spec.mlp_contribution == "fc2"
+    assert (spec.layer.input, spec.layer.output) == (("net.attn.*",), ("net.norm.*",))
+    failure(SpecValueError, changed((MLP, f"{MLP}\n  input: attn")), 11, "for models that keep no list of layers")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("scale", 3.0), ("1 / scale", 1 / 3), ("2 * scale / sqrt(layers)", 3.0), ("0.5", 0.5), ("no_such_key", 1.0)],
+)
+def test_multipliers(text: str, value: float) -> None:
+    spec = parse_spec(changed(("  softcap: cap", f"  multiplier: {text}")), "toy.yaml")
+    assert spec.logits.multiplier is not None
+    assert spec.logits.multiplier.value({"scale": 3, "layers": 4}) == pytest.approx(value)
+    assert spec.logits.applied(torch.ones(2), {"scale": 3, "layers": 4}).tolist() == pytest.approx([value] * 2)
+
+
+def test_what_is_no_product() -> None:
+    failure(
+        SpecValueError, changed(("  softcap: cap", "  multiplier: a + b")), 13, "is no product", "joined by * and /"
+    )
+
+
+def test_a_softcap_may_be_a_key_a_number_or_unset() -> None:
+    logits = torch.tensor([0.0, 100.0])
+    assert parse_spec(TOY, "toy.yaml").logits.applied(logits, {"cap": 2.0}).tolist() == pytest.approx([0, 2])
+    assert parse_spec(TOY, "toy.yaml").logits.applied(logits, {"cap": None}).tolist() == [0, 100]
+    assert parse_spec(changed(("cap: cap", "cap: 5")), "toy.yaml").logits.applied(logits, {})[1] == pytest.approx(5)
+
+
+def test_the_axes_of_the_stream() -> None:
+    spec = parse_spec(TOY + "stream: {layers: [batch, position, stream*hidden]}\n", "toy.yaml")
+    assert spec.stream.layers == ("batch", "position", "stream*hidden")
+    assert spec.stream.parts == ("batch", "position", "hidden")
+    failure(SpecValueError, TOY + "stream: {layers: [batch, hidden]}\n", 30, "does not name the axes")
+
+
+def test_what_cannot_hold_has_a_reason() -> None:
+    spec = parse_spec(TOY + "cannot: {steer: Nothing to steer.}\n", "toy.yaml")
+    spec.refuse("skip", "skip_layer(3)")
+    with pytest.raises(CannotError, match=r"steer\(\.\.\.\) cannot be had of this model: Nothing to steer"):
+        spec.refuse("steer", "steer(...)")
+    failure(UnknownKeyError, TOY + "cannot: {stear: Why.}\n", 30, "Did you mean 'steer'?")
 
 
 def test_no_variant_holds() -> None:
@@ -148,23 +212,23 @@ def test_no_variant_holds() -> None:
 
 def test_a_variant_replaces_values_and_reports_its_own_lines() -> None:
     spec = parse_spec(TOY, "toy.yaml").for_config({"parallel": True})
-    assert spec.block.layout == "parallel"
-    assert spec.block.norm == "pre"
-    assert spec.line_of("block.layout") == 23
-    assert spec.line_of("block.norm") == 13
+    assert spec.layout == "parallel"
+    assert spec.layer.mlp is not None and spec.layer.mlp.norm == ("ln_2",)
+    assert spec.line_of("layout") == 23
+    assert spec.line_of("layer.mlp.norm") == 10
 
 
 def test_all_variants_that_hold_are_applied() -> None:
     spec = parse_spec(TOY, "toy.yaml")
     config = {"parallel": True, "final_norm": False, "kind": "b", "narrow": 4, "width": 8}
     both = spec.for_config(config)
-    assert both.block.layout == "parallel"
-    assert both.modules.ln_final is None
+    assert both.layout == "parallel"
+    assert both.modules.ln_final == ()
     assert both.absent == {"ln_final": "No such norm."}
     assert both.unembed == ("ln_final", "net.up", "lm_head")
     assert both.line_of("modules.ln_final") == 25
     assert both.line_of("unembed") == 28
-    assert spec.modules.ln_final == "net.norm"
+    assert spec.modules.ln_final == ("net.norm",)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +257,7 @@ def test_a_config_may_be_an_object() -> None:
     class Config:
         parallel = True
 
-    assert parse_spec(TOY, "toy.yaml").for_config(Config()).block.layout == "parallel"
+    assert parse_spec(TOY, "toy.yaml").for_config(Config()).layout == "parallel"
     assert config_value(Config(), "no.such.key") is None
 
 
@@ -201,18 +265,18 @@ def test_unknown_key() -> None:
     text = changed(("layer:\n", "layers:\n"))
     failure(UnknownKeyError, text, 8, "the file has no key 'layers'", "Did you mean 'layer'?")
     text = changed(("  attention: attn", "  atention: attn"))
-    failure(UnknownKeyError, text, 9, "`layer` has no key 'atention'", "Did you mean 'attention'?", "mlp")
+    failure(UnknownKeyError, text, 9, "`layer` has no key 'atention'", "Did you mean 'attention' or", "mlp")
 
 
 def test_unknown_key_in_a_variant() -> None:
-    text = changed(("    block: {layout: parallel}", "    blocks: {layout: parallel}"))
-    failure(UnknownKeyError, text, 23, "`variants.0` has no key 'blocks'", "Did you mean 'block'?")
-    text = changed(("    block: {layout: parallel}", "    block: {layuot: parallel}"))
-    failure(UnknownKeyError, text, 23, "`block` has no key 'layuot'", "Did you mean 'layout'?")
+    text = changed(("    layout: parallel", "    layuot: parallel"))
+    failure(UnknownKeyError, text, 23, "`variants.0` has no key 'layuot'", "Did you mean 'layout'?")
+    text = changed(("    layout: parallel", "    layer: {mpl: a}"))
+    failure(UnknownKeyError, text, 23, "`layer` has no key 'mpl'", "Did you mean 'mlp'?")
 
 
 def test_a_variant_may_not_change_what_it_is_a_variant_of() -> None:
-    text = changed(("    block: {layout: parallel}", "    model_types: [other]"))
+    text = changed(("    layout: parallel", "    model_types: [other]"))
     failure(UnknownKeyError, text, 23, "has no key 'model_types'")
 
 
@@ -221,7 +285,7 @@ def test_missing_key() -> None:
     failure(MissingKeyError, text, 3, "`modules` lacks the key 'layers'", "embed_tokens", "Add 'layers'")
     text = changed(("family: toy\n", ""))
     failure(MissingKeyError, text, 1, "the file lacks the key 'family'")
-    text = changed(("  - when: {parallel: true}\n    block", "  - block"))
+    text = changed(("  - when: {parallel: true}\n    layout", "  - layout"))
     failure(MissingKeyError, text, 22, "`variants.0` lacks the key 'when'")
 
 
@@ -231,8 +295,10 @@ def test_null_without_a_reason() -> None:
 
 
 def test_a_reason_without_a_missing_part() -> None:
-    text = TOY + "absent: {mlp: There is none.}\n"
-    failure(SpecValueError, text, 30, "part that is there", "`layer.mlp` on line 10")
+    text = TOY + "absent: {ln_final: There is none.}\n"
+    failure(SpecValueError, text, 30, "part that is there", "`modules.ln_final` on line 6")
+    # Some layers may lack what others have.
+    parse_spec(TOY + "absent: {mlp: Only every second layer has one.}\n", "toy.yaml")
     failure(UnknownKeyError, TOY + "absent: {ln_finale: Why not.}\n", 30, "Did you mean 'ln_final'?")
 
 
@@ -245,13 +311,12 @@ def test_empty_path(path: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "piece"),
     [
-        ("  layers: net.blocks", "  layers: null", 5, "nothing (null)"),
+        ("  layers: net.blocks", "  layers: {a: b}", 5, "a mapping"),
         ("  layers: net.blocks", "  layers: 3", 5, "the number '3'"),
-        ("  layers: net.blocks", "  layers: [net, blocks]", 5, "a list"),
         ("  attention: attn", "  attention: true", 9, "the truth value 'true'"),
         ("model_types: [toy, toy2]", "model_types: toy", 2, "the text 'toy'"),
         ("model_types: [toy, toy2]", "model_types: []", 2, "at least one name"),
-        ("  order: [ln_1, attn, ln_2, mlp]", "  order: attn", 14, "a list of module paths"),
+        ("embed: [embed_tokens]", "embed: embed_tokens", 14, "a list of module paths"),
         ("unembed: [ln_final, lm_head]", "unembed: {a: b}", 15, "a mapping"),
         ("unembed: [ln_final, lm_head]", "unembed: []", 15, "`unembed` is empty"),
         ("  - when: {parallel: true}", "  - when: {}", 22, "at least one config key"),
@@ -264,8 +329,8 @@ def test_wrong_kind_of_value(old: str, new: str, line: int, piece: str) -> None:
 
 
 def test_a_word_that_is_no_choice() -> None:
-    text = changed(("  layout: sequential", "  layout: sequentail"))
-    failure(SpecValueError, text, 12, "sequential or parallel", "Did you mean 'sequential'?")
+    text = changed(("layout: sequential", "layout: sequentail"))
+    failure(SpecValueError, text, 11, "sequential or parallel", "Did you mean 'sequential'?")
 
 
 def test_duplicate_keys() -> None:
@@ -278,22 +343,6 @@ def test_unknown_role_in_unembed() -> None:
     failure(
         SpecValueError, text, 15, "the role 'ln_finale'", "embed_tokens, layers, ln_final, lm_head", "mean 'ln_final'"
     )
-
-
-def test_norms_of_the_stream_belong_to_post_norm() -> None:
-    text = changed(("  norm: pre", "  norm: post"))
-    failure(SpecValueError, text, 13, "`block.norm` is post, and `block.attention_sum_norm` is not")
-    text = changed(("  norm: pre", "  norm: pre\n  mlp_sum_norm: ln_2"))
-    failure(SpecValueError, text, 14, "`block.norm` is pre, and `block.mlp_sum_norm` is given")
-
-
-def test_the_order_has_every_child_that_is_named() -> None:
-    text = changed(("  attention: attn", "  attention: atn"))
-    failure(SpecValueError, text, 9, "'atn', which `block.order` does not have", "line 14", "Did you mean 'attn'?")
-    text = changed(("  norm: pre", "  norm: pre\n  mlp_contribution: drop"))
-    failure(SpecValueError, text, 14, "`block.mlp_contribution` is in 'drop'", "Put 'drop' into `block.order`")
-    text = changed(("ln_2, mlp]", "ln_2, mlp, mlp.down]"))
-    failure(SpecValueError, text, 14, "no direct child", "Write 'mlp'")
 
 
 @pytest.mark.parametrize(
@@ -326,13 +375,11 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "family": draw(NAMES),
         "model_types": draw(st.lists(NAMES, min_size=1, max_size=3, unique=True)),
         "modules": {role: draw(PATHS) for role in ("embed_tokens", "layers", "ln_final", "lm_head")},
-        "layer": {"attention": children[0], "mlp": children[1]},
-        "block": {
-            "layout": draw(st.sampled_from(["sequential", "parallel"])),
-            "norm": draw(st.sampled_from(["pre", "sandwich"])),
-            "order": draw(st.permutations(children)),
-            "attention_contribution": draw(st.sampled_from(children)),
+        "layer": {
+            "attention": {"module": children[0], "norm": children[2]},
+            "mlp": {"module": children[1], "norm": children[3], "contribution": draw(PATHS)},
         },
+        "layout": draw(st.sampled_from(["sequential", "parallel"])),
         "unembed": ["ln_final", f"{draw(NAMES)}.{draw(NAMES)}", "lm_head"],
         "dimensions": {
             name: draw(st.lists(NAMES, min_size=1, max_size=2))
@@ -346,20 +393,19 @@ def plain(spec: ArchitectureSpec) -> dict[str, Any]:
     return {
         "family": spec.family,
         "model_types": list(spec.model_types),
-        "modules": dataclasses.asdict(spec.modules),
-        "layer": {"attention": spec.layer.attention, "mlp": spec.layer.mlp and spec.layer.mlp.module},
-        "block": {
-            "layout": spec.block.layout,
-            "norm": spec.block.norm,
-            "order": list(spec.block.order),
-            "attention_contribution": spec.block.attention_contribution,
-        },
+        "modules": {role: path for role, (path,) in dataclasses.asdict(spec.modules).items()},
+        "layer": {kind: _part(getattr(spec.layer, kind)) for kind in ("attention", "mlp")},
+        "layout": spec.layout,
         "unembed": list(spec.unembed),
         "dimensions": {
             name: list(getattr(spec.dimensions, name))
             for name in ("num_layers", "num_heads", "hidden_size", "vocab_size")
         },
     }
+
+
+def _part(part: Part) -> dict[str, str]:
+    return {name: paths[0] for name, paths in dataclasses.asdict(part).items() if paths}
 
 
 @given(documents(), st.booleans())
@@ -374,13 +420,14 @@ def test_every_value_stands_on_the_line_that_is_reported(document: dict[str, Any
     spec, rows = parse_spec(text, "drawn.yaml"), text.splitlines()
     for role, path in document["modules"].items():
         assert rows[spec.line_of(f"modules.{role}") - 1].strip() == f"{role}: {path}"
-    for index, child in enumerate(document["block"]["order"]):
-        assert rows[spec.line_of(f"block.order.{index}") - 1].strip() == f"- {child}"
+    for kind, part in document["layer"].items():
+        for name, path in part.items():
+            assert rows[spec.line_of(f"layer.{kind}.{name}") - 1].strip() == f"{name}: {path}"
 
 
 @given(documents(), st.data())
 def test_a_misspelt_key_is_named_with_its_line(document: dict[str, Any], data: st.DataObject) -> None:
-    section = data.draw(st.sampled_from(["modules", "layer", "block", "dimensions"]))
+    section = data.draw(st.sampled_from(["modules", "layer", "dimensions"]))
     key = data.draw(st.sampled_from(sorted(document[section])))
     lines = yaml.safe_dump(document, sort_keys=False).splitlines()
     start = lines.index(f"{section}:")

@@ -14,7 +14,6 @@ import torch
 
 from nnsight_core import InputError, LanguageModel, ModelNotFoundError
 from nnterp import StandardizedTransformer
-from nnterp.errors import NnterpError, UnknownArchitectureError
 from tests.families import tiny_model
 
 
@@ -77,13 +76,13 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
         StandardizedTransformer(str(tmp_path))
 
 
-def test_an_architecture_that_no_file_serves(tmp_path: Path) -> None:
+def test_an_architecture_that_no_file_serves_is_opened_by_its_structure() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=64)
-    with pytest.raises(UnknownArchitectureError, match="bloom") as caught:
-        StandardizedTransformer(BloomForCausalLM(config))
-    assert isinstance(caught.value, NnterpError)
+    config.model_type = "bloomier"
+    model = StandardizedTransformer(BloomForCausalLM(config))
+    assert model.attentions[1].path == "transformer.h.1.self_attention" and model.num_heads == 2
 
 
 def test_a_config_that_says_something_else_than_the_weights(tmp_path: Path) -> None:

@@ -41,15 +41,15 @@ def broken(tmp_path: Path, family: str, old: str, new: str) -> tuple[Path, int]:
     ("model_type", "family", "old", "new", "promise"),
     [
         # Only these modules' numbers tell that they are the wrong ones: all of them exist.
-        ("llama", "llama", "ln_final: model.norm", "ln_final: model.layers.0.input_layernorm", "takes its turn in"),
+        ("granite", "granite", "ln_final: model.norm", "ln_final: model.layers.0.input_layernorm", "takes its turn in"),
         ("gemma2", "gemma2", "softcap: final_logit_softcapping", "softcap: attn_logit_softcapping", "logits is"),
-        ("gemma2", "gemma2", "mlp_contribution: post_feedforward_layernorm", "mlp_contribution: mlp", "contributions"),
-        ("gpt2", "gpt2", "attention: attn", "attention: ln_1", "contributions"),
+        ("gemma2", "gemma2", "contribution: post_feedforward_layernorm", "contribution: mlp", "contributions"),
+        ("gpt2", "gpt2", "module: attn,", "module: ln_1,", "reads the layer's input through"),
         (
             "gpt_neox",
             "gpt_neox",
-            "mlp: mlp",
-            "mlp: {input: mlp.dense_h_to_4h, output: mlp.dense_h_to_4h}",
+            "module: mlp,",
+            "input: mlp.dense_h_to_4h, output: mlp.dense_h_to_4h,",
             "mlps_output",
         ),
     ],
@@ -70,9 +70,9 @@ def test_a_wrong_line_is_named(tmp_path: Path, model_type: str, family: str, old
 
 
 def test_a_path_that_the_model_does_not_have_is_named_with_the_nearest(tmp_path: Path) -> None:
-    path, line = broken(tmp_path, "llama", "ln_final: model.norm", "ln_final: model.normm")
-    with pytest.raises(RenamingError, match=rf"llama_broken.yaml:{line}") as caught:
-        StandardizedTransformer(tiny_model("llama"), spec=path)
+    path, line = broken(tmp_path, "granite", "ln_final: model.norm", "ln_final: model.normm")
+    with pytest.raises(RenamingError, match=rf"granite_broken.yaml:{line}") as caught:
+        StandardizedTransformer(tiny_model("granite"), spec=path)
     assert "model.norm" in str(caught.value)
 
 
