@@ -14,7 +14,6 @@ from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
 from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
-from nnsight_core.tracer import Tracer
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
@@ -174,14 +173,16 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             self._spec.refuse("invokes", "Several invokes in one pass")
         return super()._combine(calls)
 
-    def generate(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+    def generate(
+        self, *inputs: Any, trace: bool = True, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Open a trace of a generation, as :meth:`LanguageModel.generate` does.
 
         Raises:
             CannotError: the family cannot generate.
         """
         self._spec.refuse("generate", "generate(...)")
-        return super().generate(*inputs, invoker_args=invoker_args, **kwargs)
+        return super().generate(*inputs, trace=trace, invoker_args=invoker_args, **kwargs)
 
     @property
     def input_ids(self) -> Any:

@@ -353,3 +353,19 @@ def test_a_shared_core_wrapper_sees_no_edit_of_another(model: StandardizedTransf
         expected = module(ids).logits
         assert torch.equal(other(ids).logits, expected)
         assert not torch.equal(model(ids).logits, expected)
+
+
+def test_an_edit_reads_what_the_model_writes_over_as_it_was() -> None:
+    """Falcon adds the attention into what the MLP gave, in place."""
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    model = StandardizedTransformer(tiny_model("falcon"))
+    with model.trace(ids):
+        mixed = model.mixers_output[1].save()
+        expected = model.mlps_output[1].save()
+        logits = model.logits.save()
+    with model.edit() as edited:
+        in_edit = edited.mixers_output[1].save(), edited.mlps_output[1].save()
+    with edited.trace(ids):
+        unchanged = edited.logits.save()
+    assert torch.equal(in_edit[0], mixed) and torch.equal(in_edit[1], expected)
+    assert torch.equal(unchanged, logits)
