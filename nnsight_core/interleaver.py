@@ -11,23 +11,27 @@ import contextvars
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch.overrides import TorchFunctionMode
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
 from nnsight_core.errors import (
     ModuleNotRunError,
     NNsightError,
+    NoSuchOperationError,
     OutOfOrderError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
 )
-from nnsight_core.events import Event
+from nnsight_core.events import Event, Memory
 from nnsight_core.hooks import HookBoard, PlainCalls
+from nnsight_core.operations import is_operation, operation_of
 from nnsight_core.sites import Site, user_site
 
 #: Called with a module, "input" or "output", and the value.
@@ -90,9 +94,14 @@ class Interleaver:
     _failure: BaseException | None = None
     _somebody_missed = False
 
-    def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        forward: ForwardPass,
+        observe: Callable[[torch.nn.Module | None], Order],
+        root: torch.nn.Module | None = None,
+    ) -> None:
         self._forward = weakref.ref(forward)
-        self._observe: Callable[[], Order] | None = observe
+        self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
         self._body = getcurrent()
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
@@ -139,7 +148,9 @@ class Interleaver:
 
     # The model's side.
 
-    def _arrived(self, module: torch.nn.Module, kind: str, value: Any) -> tuple[Any] | None:
+    def _arrived(
+        self, module: torch.nn.Module, kind: str, value: Any, memory: Memory | None = None
+    ) -> tuple[Any] | None:
         step = self.step
         clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
         if not clients:
@@ -149,7 +160,7 @@ class Interleaver:
         if len(clients) > 1:
             clients.sort(key=self._order.__getitem__)
         first = self._waiting[clients[0]]
-        self.event = event = Event(module, kind, first.label, value, first.site)
+        self.event = event = Event(module, kind, first.label, value, first.site, memory)
         del value
         try:
             for client in clients:
@@ -188,7 +199,7 @@ class Interleaver:
             self._body.switch()
         finally:
             if guard is not None:
-                thread_state.leave(guard, now)
+                thread_state.leave(guard, self._model_state)
 
     def _step_begins(self) -> None:
         if getcurrent() is not self._forward():
@@ -257,11 +268,13 @@ class Interleaver:
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
+        if is_operation(asked.kind):
+            return self._missing_operation(asked, last)
         if last is None and asked.step in (0, None) and not self._somebody_missed:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True
-        order = ([], "") if self._observe is None else self._observe()
+        order = self.order()
         found = verdict(order, asked, last)
         if found == "running" and last is not None:
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
@@ -269,6 +282,39 @@ class Interleaver:
             label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
             return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
         return ModuleNotRunError(asked.label, asked.site, order[1])
+
+    def order(self, inside: torch.nn.Module | None = None) -> Order:
+        """The order of modules, and of the operations in ``inside``, found by a dry run; and a doubt, if any."""
+        return ([], "") if self._observe is None else self._observe(inside)
+
+    def _missing_operation(self, asked: Asked, last: Asked | None) -> NNsightError:
+        names, doubt = self.hooks.operations_of(asked.module), ""
+        if names is None:
+            seen, doubt = self.order(asked.module)
+            names = [kind for module, kind in seen if module is asked.module]
+            if doubt or not names:
+                return ModuleNotRunError(asked.label, asked.site, doubt)
+            names = [operation_of(kind) for kind in names if is_operation(kind)]
+        if operation_of(asked.kind) not in names:
+            return NoSuchOperationError(operation_of(asked.kind), asked.label.rsplit(".", 2)[0], names, asked.site)
+        label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
+        return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
+
+    # What is needed to look inside a module that is half-way through its call.
+
+    def suspended_at(self) -> FrameType | None:
+        """Where the forward pass stands while the body has its turn."""
+        forward = self._forward()
+        return None if forward is None else forward.gr_frame
+
+    def put_under_model(self, mode: TorchFunctionMode) -> None:
+        """Let ``mode`` be on when the model has its turn again, beneath the modes that are on already."""
+        self._model_state = thread_state.with_function_mode(self._model_state, mode)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """The model's side: end the pass with ``error``, which the model cannot catch."""
+        self._failure = error
+        raise _Unwind from error
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""
@@ -325,5 +371,6 @@ class Interleaver:
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._observe = None
         self.event = None
+        self._model_state = self._body_state
         # It holds a method of this object, which the collector alone could take apart.
         self.hooks.release()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from nnsight_core.asked import Asked
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.joining import join_running_call
+from nnsight_core.operations import is_operation
 
 
 class LiveClient:
@@ -33,6 +39,8 @@ class LiveClient:
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
         interleaver.check_thread()
+        if is_operation(asked.kind):
+            join_running_call(interleaver, asked, self.last_read)
         interleaver.wait(self, asked)
         interleaver.give_turn()
         answer, self._answer = self._answer, None
@@ -42,6 +50,10 @@ class LiveClient:
         if isinstance(answer, NNsightError):
             raise answer
         return answer
+
+    def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
+        """Operations inside ``module`` are going to be asked for."""
+        self._interleaver.hooks.announce(module, ancestors)
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""
