@@ -446,9 +446,9 @@ def test_the_harness_catches_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) 
 def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     honest, kept = Event.__init__, list[Any]()
 
-    def hoarding(self: Event, module: nn.Module, kind: str, label: str, value: Any, site: Any) -> None:
+    def hoarding(self: Event, module: nn.Module, kind: str, label: str, value: Any, *rest: Any) -> None:
         kept.append(value)
-        honest(self, module, kind, label, value, site)
+        honest(self, module, kind, label, value, *rest)
 
     monkeypatch.setattr(Event, "__init__", hoarding)
     model, program = _one_write()
