@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,15 @@ from nnsight_core.edits import Edits
 from nnsight_core.errors import NameTakenError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
-from nnsight_core.values import fitting
+from nnsight_core.source import Source
+from nnsight_core.values import Pair, fitting
 
 Names = Mapping[str, str]
 _NO_NAMES: Names = {}
+
+
+def _no_example(root: torch.nn.Module) -> None:
+    return None
 
 
 class Tree:
@@ -38,6 +43,8 @@ class Tree:
         self.edits = Edits()
         self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
+        #: Gives arguments to run a root with where nothing is traced, and keyword arguments; None if unknown.
+        self.example: Callable[[torch.nn.Module], Pair | None] = _no_example
 
     def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
         """Every module inside whose call ``module`` may be called, the root among them.
@@ -258,7 +265,7 @@ class Envoy:
         site: Site | None = None,
         view: View | None = None,
     ) -> Any:
-        """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
+        """The value of ``kind`` as a proxy: ``"input"``, ``"output"``, or an operation's ``"source.softmax_0.output"``.
 
         Args:
             kind: which value.
@@ -295,7 +302,7 @@ class Envoy:
             # After `module.output += x` Python sets the very proxy that was read and changed.
             return
         # isinstance() would look at a pending value, and that starts the model.
-        if kind == "input":
+        if kind.endswith("input"):
             current.set_call(value)
         else:
             current.update_value(fitting, value)
@@ -325,6 +332,18 @@ class Envoy:
         self.write("input", value)
 
     inputs = input
+
+    @property
+    def source(self) -> Source:
+        """The torch operations that the module's own forward calls, in order, with their values:
+        ``module.source.softmax_0.output``. ``print(module.source)`` lists them with their lines.
+
+        If the module has a child of this name, reach the child by ``envoy["source"]``.
+
+        Raises:
+            SourceError: the module is scripted or compiled.
+        """
+        return Source(self)
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this pass; ``value`` is what its call gives.

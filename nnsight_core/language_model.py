@@ -30,6 +30,7 @@ from nnsight_core.errors import (
 from nnsight_core.model import NNsight
 from nnsight_core.passes import Call
 from nnsight_core.tracer import Tracer
+from nnsight_core.values import Pair
 
 #: What is made anew when prompts of several inputs are padded to one length.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -74,6 +75,7 @@ class LanguageModel(NNsight):
             tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
         super().__init__(module, aliases)
         self.tokenizer = tokenizer
+        self._tree.example = _two_tokens
         self._longest_fit = 0
 
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
@@ -256,6 +258,13 @@ def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
         if found is not None:
             return found
     return None
+
+
+def _two_tokens(module: torch.nn.Module) -> Pair:
+    """The smallest call that shows how the model works on a prompt."""
+    device = next((each.device for each in module.parameters()), torch.device("cpu"))
+    ids = torch.tensor([[1, 2]], device=device)
+    return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:
