@@ -166,6 +166,7 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     tape = pending_tape((args, kwargs))
     if tape is not None:
+        # Not the function alone, which would get the proxies of what has arrived by then.
         return tape.record(apply, function, *args, **kwargs)
     met = Met()
     plain_args, plain_kwargs = unwrap(args, met), unwrap(kwargs, met) if kwargs else kwargs
@@ -175,22 +176,6 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if met.scope is None or any(result is each for each in args):
         return result
     return met.scope.wrap(result)
-
-
-def save(value: Any) -> Any:
-    """Keep every proxy in ``value`` (a proxy, or lists, tuples and dicts of them) beyond the trace.
-
-    Plain Python objects live as long as their variables do and come back as they are.
-    """
-    if issubclass(type(value), Standin):
-        return value.save()
-    if type(value) in (list, tuple):
-        for entry in value:
-            save(entry)
-    elif type(value) is dict:
-        for entry in value.values():
-            save(entry)
-    return value
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nnsight_core.envoy import Envoy
-from nnsight_core.errors import ModuleNotRunError, NoSuchModuleError
+from nnsight_core.errors import ModuleNotRunError, NoSuchModuleError, OptionError
 from nnsight_core.hooks import collecting
 from nnsight_core.sites import Site
 from nnsight_core.values import first_argument, map_tensors
@@ -30,6 +30,51 @@ def collect(
     return kept, result
 
 
+#: How a script may name a module.
+Wanted = Envoy | str | torch.nn.Module
+
+
+def chosen_envoys(root: Envoy, modules: Wanted | Iterable[Wanted]) -> list[Envoy]:
+    """The envoys of what a cache is to keep: envoys, paths or torch modules. A list of modules stands for its entries.
+
+    Raises:
+        NoSuchModuleError: one that is not in the model.
+        OptionError: something that is no module, or none at all.
+    """
+    if isinstance(modules, Envoy) and isinstance(modules._module, torch.nn.ModuleList):
+        modules = modules.children()
+    wanted = [modules] if isinstance(modules, (Envoy, str, torch.nn.Module)) else list(modules)
+    if not wanted:
+        mend = "Leave modules out to keep all of them."
+        raise OptionError("cache(modules=[])", "an empty list of modules keeps nothing.", mend=mend)
+    return [_chosen_envoy(root, each) for each in wanted]
+
+
+def _by_path(root: Envoy, path: str) -> Envoy:
+    try:
+        return root.get(path)
+    except NoSuchModuleError:
+        # Scripts of some eras begin every path with the name of the model itself.
+        if path != "model" and not path.startswith("model."):
+            raise
+    return root.get(path.removeprefix("model").removeprefix("."))
+
+
+def _chosen_envoy(root: Envoy, wanted: Wanted) -> Envoy:
+    if isinstance(wanted, str):
+        return _by_path(root, wanted)
+    if isinstance(wanted, Envoy) and wanted._tree.root is root._module:
+        return wanted
+    if isinstance(wanted, (Envoy, torch.nn.Module)):
+        module = wanted._module if isinstance(wanted, Envoy) else wanted
+        for envoy in root.modules():
+            if envoy._module is module:
+                return envoy
+        raise NoSuchModuleError(type(module).__name__, "The model that is traced", [])
+    mend = "Give envoys, paths or torch modules."
+    raise OptionError("cache(modules=...)", f"{wanted!r:.80} is no module.", mend=mend)
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """What a cache keeps, and how.
@@ -40,6 +85,9 @@ class CacheOptions:
         detach: cut from the autograd graph.
         include_output: keep what modules give.
         include_inputs: keep what modules are called with.
+
+    Raises:
+        OptionError: nothing is to be kept.
     """
 
     device: torch.device | str | None = None
@@ -47,6 +95,11 @@ class CacheOptions:
     detach: bool = True
     include_output: bool = True
     include_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            what = "without outputs and inputs it keeps nothing."
+            raise OptionError("cache(include_output=False)", what, mend="Add include_inputs=True.")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -135,12 +188,17 @@ class Cache:
 
     def check(self) -> None:
         """Raises:
-        ModuleNotRunError: a module that was asked for by name did not run.
+        ModuleNotRunError: something that was to be kept did not come.
         """
+        hint = "It did not run, or had run before the cache was opened: open it first."
         for envoy in self._chosen if self._must_come else ():
-            if envoy.path not in self._entries:
-                hint = "It did not run, or had run before the cache was opened: open it first."
-                raise ModuleNotRunError(f"The cache entry {envoy.path or 'model'}", self._site, hint=hint)
+            entry = self._entries.get(envoy.path)
+            for kind in self._options.kinds:
+                if entry is None or not entry.calls[kind]:
+                    what = f"The {kind} of {envoy.path or 'model'}, for a cache,"
+                    raise ModuleNotRunError(what, self._site, hint=hint)
+        if not self._entries:
+            raise ModuleNotRunError("Anything at all, for a cache,", self._site, hint=hint)
 
     def save(self) -> Cache:
         """The cache itself, which lives as long as its variable does."""
@@ -168,28 +226,33 @@ class Cache:
         return isinstance(name, str) and self._found(name) is not None
 
     def _found(self, name: str) -> CacheEntry | None:
-        # Scripts of some eras begin every path with the name of the model itself.
-        for spelled in (name, name.removeprefix("model.")):
-            if spelled in self._entries:
-                return self._entries[spelled]
-            try:
-                path = self._root.get(spelled).path
-            except NoSuchModuleError:
-                continue
-            if path in self._entries:
-                return self._entries[path]
-        return None
+        if name in self._entries:
+            return self._entries[name]
+        try:
+            return self._entries.get(_by_path(self._root, name).path)
+        except NoSuchModuleError:
+            return None
 
     def __getitem__(self, name: str) -> CacheEntry:
         entry = self._found(name)
         if entry is None:
-            raise NoSuchModuleError(name, "The cache", [*self._entries])
+            raise NoSuchModuleError(name, "The cache", self._names())
         return entry
+
+    def _names(self) -> Iterator[str]:
+        for path in self._entries:
+            yield path
+            for holder, names in self._root._tree.aliases.items():
+                for new, target in names.items():
+                    if path == target or path.startswith(f"{target}."):
+                        yield (f"{holder}.{new}" if holder else new) + path[len(target) :]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(CacheNode(self, self._root), name)
+        if name in ("output", "input", "inputs"):
+            return getattr(self[""], name)
+        return CacheNode(self, _by_path(self._root, name))
 
 
 class CacheNode:

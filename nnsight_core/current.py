@@ -36,8 +36,8 @@ class OpenTrace(Protocol):
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of, counted from 0."""
 
-    def next_step_of(self, module: torch.nn.Module) -> None:
-        """From now on, ask ``module`` for the values of the next run."""
+    def next_step_of(self, module: torch.nn.Module, increment: int, label: str) -> None:
+        """From now on, ask ``module`` for the values of a later run; ``label`` is how errors are to call that."""
 
     def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
         """Operations inside ``module`` are going to be asked for."""

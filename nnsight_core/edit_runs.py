@@ -12,7 +12,6 @@ import torch
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
-from nnsight_core.envoy import Tree
 from nnsight_core.errors import NNsightError, RecordingError, StepNotRunError
 from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.input_proxy import InputProxy
@@ -23,6 +22,7 @@ from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
+from nnsight_core.tree import Tree
 
 #: Steps that hand an argument on to the model as it is, which may then change it in place.
 _HAND_ON = (

@@ -13,7 +13,7 @@ from nnsight_core.asked import Asked, View
 from nnsight_core.bytecode import drops_result, unpacks_result
 from nnsight_core.current import closed, open_trace, opened
 from nnsight_core.edits import LOOKED_AT, Edit, Edits
-from nnsight_core.envoy import Envoy, Tree
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import EditError, RecordingError
 from nnsight_core.gradients import GradientTape
 from nnsight_core.order import observed_operations
@@ -21,6 +21,7 @@ from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_frame, user_site
 from nnsight_core.tape import Tape
+from nnsight_core.tree import Tree
 
 
 class EditPart:
@@ -47,7 +48,7 @@ class EditPart:
         """An edit is done in each run of the model."""
         return 0
 
-    def next_step_of(self, module: torch.nn.Module) -> None:
+    def next_step_of(self, module: torch.nn.Module, increment: int, label: str) -> None:
         """Raises:
         EditError: always; an edit has no run that others could come after.
         """

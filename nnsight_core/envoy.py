@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,79 +11,13 @@ import torch
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
-from nnsight_core.edits import Edits
-from nnsight_core.errors import NameTakenError, NoSuchModuleError, NoTraceError
+from nnsight_core.errors import NameTakenError, NoSuchEntryError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
 from nnsight_core.source import Source
-from nnsight_core.values import Pair, fitting
-
-Names = Mapping[str, str]
-_NO_NAMES: Names = {}
-
-
-def _no_example(root: torch.nn.Module) -> None:
-    return None
-
-
-class Tree:
-    """What all envoys of one model share: the root, the extra names, and who calls whom.
-
-    Args:
-        root: the wrapped module.
-        aliases: for each parent path (``""`` is the root) the extra names that it answers to, and the full path
-            that each stands for.
-    """
-
-    def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
-        self.root = root
-        self.aliases = dict(aliases or {})
-        #: What is done in every trace, in this order.
-        self.edits = Edits()
-        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
-        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
-        #: Gives arguments to run a root with where nothing is traced, and keyword arguments; None if unknown.
-        self.example: Callable[[torch.nn.Module], Pair | None] = _no_example
-
-    def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        """Every module inside whose call ``module`` may be called, the root among them.
-
-        A module that hangs in the tree at several places has the ancestors of all of them.
-        """
-        found = self._ancestors.get(module)
-        if found is None:
-            self._index()
-            found = self._ancestors[module] = self._collect(module)
-        return found
-
-    def twin(self) -> Tree:
-        """The same modules under the same names, with edits of their own from here on."""
-        twin = copy.copy(self)
-        twin.aliases = dict(self.aliases)
-        return twin
-
-    def forget(self) -> None:
-        """The tree has changed: work out anew who calls whom."""
-        self._parents.clear()
-        self._ancestors.clear()
-
-    def _index(self) -> None:
-        self._parents.clear()
-        for parent in self.root.modules():
-            for child in parent.children():
-                self._parents.setdefault(child, []).append(parent)
-
-    def _collect(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        found: dict[torch.nn.Module, None] = {}
-        waiting = [module]
-        while waiting:
-            for parent in self._parents.get(waiting.pop(), ()):
-                if parent not in found:
-                    found[parent] = None
-                    waiting.append(parent)
-        found.setdefault(self.root, None)
-        found.pop(module, None)
-        return tuple(found)
+from nnsight_core.tree import NO_NAMES, Names, Tree
+from nnsight_core.tree_text import tree_text
+from nnsight_core.values import fitting
 
 
 class Envoy:
@@ -111,7 +44,7 @@ class Envoy:
         self._module = module
         self._path = path
         self._tree = tree
-        self._names = tree.aliases.get(path, _NO_NAMES)
+        self._names = tree.aliases.get(path, NO_NAMES)
         self._children = {}
 
     # Going down the tree.
@@ -179,7 +112,10 @@ class Envoy:
             if numbered is not None:
                 return self._child(name, numbered)
         children = list(self._module._modules.items())
-        chosen = children[key]
+        try:
+            chosen = children[key]
+        except IndexError:
+            raise NoSuchEntryError(int(key), self._described(), len(children)) from None  # type: ignore[arg-type]
         if isinstance(chosen, list):
             return [self._child(name, module) for name, module in chosen if module is not None]
         name, module = chosen
@@ -192,13 +128,43 @@ class Envoy:
         return True
 
     def __iter__(self) -> Iterator[Envoy]:
-        return (self._child(name, module) for name, module in self._module._modules.items() if module is not None)
+        return iter(self.children())
+
+    def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
+        """Every module from here on down, itself included, each once: ``(name, envoy)``, names as in torch.
+
+        >>> [name for name, _ in model.named_modules(lambda each: each.path.endswith("mlp"))]  # doctest: +SKIP
+
+        Args:
+            include_fn: gives True for the envoys that are wanted; None for all.
+        """
+        found = self._walk("", set())
+        return [(name, envoy) for name, envoy in found if include_fn is None or include_fn(envoy)]
+
+    def modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[Envoy]:
+        """The envoys of :meth:`named_modules`, without their names."""
+        return [envoy for _, envoy in self.named_modules(include_fn)]
+
+    def named_children(self) -> list[tuple[str, Envoy]]:
+        """The modules directly below this one: ``(name, envoy)``."""
+        return [(name, self._child(name, each)) for name, each in self._module._modules.items() if each is not None]
+
+    def children(self) -> list[Envoy]:
+        """The envoys of :meth:`named_children`, without their names."""
+        return [envoy for _, envoy in self.named_children()]
+
+    def _walk(self, name: str, seen: set[torch.nn.Module]) -> Iterator[tuple[str, Envoy]]:
+        if self._module not in seen:
+            seen.add(self._module)
+            yield name, self
+            for child, envoy in self.named_children():
+                yield from envoy._walk(f"{name}.{child}" if name else child, seen)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # isinstance() would look at a pending value.
         if issubclass(type(value), torch.nn.Module) and not name.startswith("_"):
             self._add(name, value)
-        elif name.startswith("_") or hasattr(type(self), name) or name in _annotations(type(self)):
+        elif name.startswith("_") or hasattr(type(self), name) or name in annotations_of(type(self)):
             object.__setattr__(self, name, value)
         elif hasattr(self._module, name):
             setattr(self._module, name, value)
@@ -209,7 +175,7 @@ class Envoy:
     def _add(self, name: str, module: torch.nn.Module) -> None:
         """Hang ``module`` on this one, as its child ``name``; from then on it is part of the model."""
         why = ""
-        if hasattr(type(self), name) or name in _annotations(type(self)):
+        if hasattr(type(self), name) or name in annotations_of(type(self)):
             why = "the name stands for something else in a trace."
         elif name in self._names:
             why = f"the name stands for the module {self._names[name]} already."
@@ -232,7 +198,7 @@ class Envoy:
         return sorted({*object.__dir__(self), *self._names, *dir(self._module)})
 
     def __repr__(self) -> str:
-        return repr(self._module)
+        return tree_text(self._module, self._path, self._tree.aliases)
 
     def _described(self) -> str:
         name = type(self._module).__name__
@@ -361,9 +327,10 @@ class Envoy:
         else:
             self.write("output", value, label)
 
-    def next(self) -> Envoy:
+    def next(self, increment: int = 1) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""
-        self._trace(self._label("next()")).next_step_of(self._module)
+        label = self._label("next()")
+        self._trace(label).next_step_of(self._module, increment, label)
         return self
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
@@ -379,5 +346,6 @@ class Envoy:
         return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
 
 
-def _annotations(kind: type) -> set[str]:
+def annotations_of(kind: type) -> set[str]:
+    """The attributes that a class and its bases declare."""
     return {name for each in kind.__mro__ for name in inspect.get_annotations(each)}

@@ -14,6 +14,10 @@
     ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
     ├── NoSuchModuleError        a name that is not in the module tree
+    ├── NoSuchEntryError         an index beyond the modules of a list
+    ├── RenameError              a new name for a module that fits none, or that is taken
+    ├── OptionError              an option that nobody here knows, or that would do nothing
+    ├── RemoteError              a trace was to run on another machine
     ├── NameTakenError           a module cannot be added under a name that means something else
     ├── NoSuchOperationError     a name that is not among the operations inside a module
     ├── SourceError              a module whose operations cannot be seen
@@ -115,12 +119,17 @@ class ModuleNotRunError(OrderError):
 class StepNotRunError(OrderError):
     """A generation step was asked for that did not come: the end of the sequence, or of the tokens asked for."""
 
-    def __init__(self, asked: str, asked_at: Site, step: int, ran: int) -> None:
-        super().__init__(
-            f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {ran} times.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n"
+    def __init__(self, asked: str, asked_at: Site, step: int, ran: int, in_steps: bool = True) -> None:
+        times = "once" if ran == 1 else f"{ran} times"
+        mend = (
             "Ask for fewer steps or generate more tokens. For as many steps as there are, write\n"
             "    for step in tracer.iter[:]: ..."
+        )
+        if not in_steps:
+            mend = "A trace runs the model once; steps are those of model.generate(prompt, max_new_tokens=...)."
+        super().__init__(
+            f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {times}.\n"
+            f"{_table([('asked for', asked, asked_at)])}\n{mend}"
         )
 
 
@@ -221,13 +230,23 @@ class NameTakenError(NNsightError, ValueError):
         super().__init__(f"No module can be added to {parent} as {name!r}: {why}\nGive it a name of its own.")
 
 
+#: What scripts of other eras ask of a module or of the trace, and how it is written here.
+_ELSEWHERE = {
+    "all": "A block runs once. For every generation step, write: for step in tracer.all(): ...",
+    "cond": "A condition is plain Python here. Write: if value: ...",
+    "iter": "A block runs once. For some generation steps, write: for step in tracer.iter[1:3]: ...",
+    "list": "A list is plain Python here. Write: kept = save([])",
+}
+
+
 class NoSuchModuleError(NNsightError, AttributeError):
     """A name was asked for that the module tree does not hold."""
 
     def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        lines = [f"{parent} has no module or attribute {name!r}.", _did_you_mean(name, known)]
+        hint = _ELSEWHERE.get(name) or _did_you_mean(name, known)
+        lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))
 
@@ -251,6 +270,41 @@ class SourceError(NNsightError):
 
     def __init__(self, label: str, why: str, mend: str, site: Site) -> None:
         super().__init__(f"{label}: {why}\n{_table([('asked for', label, site)])}\n{mend}")
+
+
+class NoSuchEntryError(NNsightError, IndexError):
+    """An index beyond the modules of a list was asked for."""
+
+    def __init__(self, index: int, parent: str, count: int) -> None:
+        has = f"has {count} modules, [0] to [{count - 1}]" if count else "has no modules of its own"
+        super().__init__(f"{parent} {has}; [{index}] is not among them.")
+
+
+class RenameError(NNsightError, ValueError):
+    """A new name for a module fits no module, or belongs to something else."""
+
+    def __init__(self, where: str, what: str, name: str = "", known: Iterable[str] = (), mend: str = "") -> None:
+        lines = [f"{where}: {what}", _did_you_mean(name, known), mend]
+        super().__init__("\n".join(line for line in lines if line))
+
+
+class OptionError(NNsightError, TypeError):
+    """An option was given that nobody here knows, or that would do nothing."""
+
+    def __init__(self, name: str, what: str, known: Iterable[str] = (), mend: str = "") -> None:
+        lines = [f"{name}: {what}", _did_you_mean(name, known), mend]
+        super().__init__("\n".join(line for line in lines if line))
+
+
+class RemoteError(NNsightError, NotImplementedError):
+    """A trace was to run on another machine, which this package does not do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "remote=True: traces run in this process only, so nothing was sent and nothing was run.\n"
+            "Leave remote out to run here. A model that is too large for one device can be spread over several, or\n"
+            "kept on disk, when it is loaded: device_map='auto'."
+        )
 
 
 class InputError(NNsightError, ValueError):

@@ -15,6 +15,9 @@ class Unwind(BaseException):
 class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types for its class
     """The coroutine in which the model runs."""
 
+    #: What the call gave, once it has ended by itself.
+    result: Any = None
+
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call: Callable[[], Any] | None = call
 
@@ -23,6 +26,6 @@ class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types fo
         call, self._call = self._call, None
         assert call is not None
         try:
-            call()
+            self.result = call()
         except Unwind:
             return

@@ -349,17 +349,20 @@ class Interleaver:
             self.give_turn(Unwind())
         self.end()
 
-    def finish(self) -> None:
+    def finish(self, counts: bool = False) -> None:
         """Let the forward pass run to its end, and all clients have their turns.
+
+        Args:
+            counts: somebody wants to know how often the model ran.
 
         Raises:
             Exception: whatever the model raises on the way.
             OrderError: a client waits for what did not come.
         """
-        if not self._waiting and not self._observers:
+        if not self._waiting and not self._observers and not counts:
             self.hooks.clear()
         try:
-            if self._stopped_at is None and not self._run_here():
+            if self._stopped_at is None and (counts or not self._run_here()):
                 self.check_thread()
                 self.give_turn()
             if self._waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,25 +15,39 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.generic import TransformersKwargs
 
 from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
-from nnsight_core.envoy import Envoy, Names
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
     InputError,
     MissingInputError,
     ModelNotFoundError,
+    OptionError,
     PromptTooLongError,
 )
 from nnsight_core.model import NNsight
+from nnsight_core.options import invoker_options, parameters_inside, refuse_options, without_old_options
 from nnsight_core.passes import Call
+from nnsight_core.prompts import is_text, padded, token_rows, tokenizer_options
+from nnsight_core.renames import Rename
 from nnsight_core.tracer import Tracer
+from nnsight_core.tree import Names
 from nnsight_core.values import Pair
 
 #: What is made anew when prompts of several inputs are padded to one length.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+#: Scripts may say when to load the model; it is loaded at once, whatever they say.
+_WHEN = {"dispatch"}
 
 
 class LanguageModel(NNsight):
@@ -51,7 +65,8 @@ class LanguageModel(NNsight):
     Args:
         model: a folder, a name on the hub, or a model object.
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
-        aliases: extra names for modules, as for :class:`NNsight`.
+        rename: new names for modules, as for :class:`NNsight`.
+        aliases: the same as a plan, as for :class:`NNsight`.
         kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -64,6 +79,7 @@ class LanguageModel(NNsight):
         self,
         model: str | Path | torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        rename: Rename | None = None,
         aliases: Mapping[str, Names] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -73,31 +89,76 @@ class LanguageModel(NNsight):
         else:
             module = load_model(model, **kwargs)
             tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
-        super().__init__(module, aliases)
+        super().__init__(module, rename, aliases)
         self.tokenizer = tokenizer
         self._tree.example = _two_tokens
         self._longest_fit = 0
 
+    def _is_input(self, kwargs: dict[str, Any]) -> bool:
+        return any(isinstance(each, (torch.Tensor, list, tuple)) for each in kwargs.values())
+
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
-        if not inputs:
-            if not kwargs:
-                raise MissingInputError()
-            return Call(self._module, (), kwargs)
         if len(inputs) > 1:
             raise InputError(
                 f"trace() was given {len(inputs)} inputs by position. Give several prompts as one list:\n"
                 "    with model.trace([first_prompt, second_prompt]): ..."
             )
-        given = inputs[0]
+        given = inputs[0] if inputs else None
+        if kwargs or options:
+            kwargs, options = self._sorted_options(given, kwargs, options)
+        if not inputs:
+            if not kwargs:
+                raise MissingInputError()
+            return Call(self._module, (), kwargs)
         if isinstance(given, torch.Tensor):
             ids = given if given.ndim > 1 else given[None]
             if not ids.numel():
                 raise EmptyPromptError(0, len(ids))
             return self._batch_call({"input_ids": ids}, kwargs)
         if isinstance(given, Mapping):
+            # Tokenizers make more than some models take.
+            made = {*_TOKEN_INPUTS, "token_type_ids", *getattr(self.tokenizer, "model_input_names", ())}
+            self._check_arguments(given.keys() - made)
             return self._batch_call({**given}, kwargs)
-        rows = self._token_rows(given, options)
-        return self._batch_call(self._padded(rows), kwargs)
+        rows = token_rows(self.tokenizer, given, options)
+        return self._batch_call(padded(rows, self._filler()), kwargs)
+
+    def _sorted_options(
+        self, given: Any, kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The model's arguments, and the tokenizer's options.
+
+        Raises:
+            OptionError: something that neither of them takes.
+        """
+        forward = inspect.signature(self._module.forward).parameters
+        if is_text(given):
+            # Scripts of some eras give the tokenizer's options beside the prompt.
+            own = {name for name in kwargs if name not in forward and name in tokenizer_options(self.tokenizer)}
+            options = {**options, **{name: kwargs[name] for name in own}}
+            kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        else:
+            refuse_options(options, "this input is not text")
+        self._check_arguments(kwargs)
+        return kwargs, options
+
+    def _check_arguments(self, names: Iterable[str]) -> None:
+        """transformers' models hand on what they do not know, and in the end nobody looks at it."""
+        forward = inspect.signature(self._module.forward).parameters
+        unknown = [name for name in names if name not in forward]
+        # Whoever wrote a model of his own may look into its **kwargs, so only transformers' models are known so well.
+        if not unknown or not type(self._module).__module__.startswith("transformers."):
+            return
+        known = {*forward, *parameters_inside(self._module), *TransformersKwargs.__annotations__, "return_dict"}
+        for name in unknown:
+            if name not in known:
+                mend = ""
+                if hasattr(GenerationConfig(), name):
+                    mend = "It belongs to a generation: model.generate(prompt, ...)."
+                elif name in tokenizer_options(self.tokenizer):
+                    mend = "It is the tokenizer's, but this input is not text."
+                what = f"{type(self._module).__name__} takes no such argument, and nobody would look at it."
+                raise OptionError(name, what, known - {"args", "kwargs"}, mend)
 
     def generate(
         self, *inputs: Any, trace: bool = True, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any
@@ -115,19 +176,23 @@ class LanguageModel(NNsight):
 
         Args:
             inputs: the prompts, as for :meth:`trace`; none if they come from invokes.
-            trace: ``False`` generates at once, without a block, and gives the plain tokens.
+            trace: ``False`` generates at once, without a block, and gives what transformers' ``generate`` gives.
             invoker_args: options for the tokenizer.
             kwargs: any arguments of transformers' ``generate``.
         """
-        prepare = partial(self._prepare_generation, options=dict(invoker_args or {}), generation=unwrap(kwargs))
+        module: Any = self._module
+        options = invoker_options(invoker_args)
+        generation = without_old_options(unwrap(kwargs), module.generate)
+        prepare = partial(self._prepare_generation, *inputs, options=options, generation=generation)
         if not trace:
-            return self._run(prepare(*inputs))
-        if not inputs:
-            return Tracer(self, prepare, self._combine, self._result, has_input=False)
-        return Tracer(self, partial(prepare, *inputs), self._combine, self._result, has_input=True)
+            return self._run(prepare())
+        keeps_output = not inputs
+        return Tracer(
+            self, prepare, self._combine, self._result, bool(inputs), in_steps=True, keeps_output=keeps_output
+        )
 
-    def _prepare_generation(self, *inputs: Any, options: dict[str, Any], generation: dict[str, Any]) -> Call:
-        call = self._prepare(unwrap(inputs), {}, options)
+    def _prepare_generation(self, *inputs: Any, generation: dict[str, Any], **given: Any) -> Call:
+        call = self._prepare_input(*inputs, defaults={}, **given)
         tokens = {name: value for name, value in call.kwargs.items() if name != "position_ids"}
         if "input_ids" in tokens:
             tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
@@ -196,46 +261,6 @@ class LanguageModel(NNsight):
         known = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         return next((each for each in known if each is not None), 0)
 
-    def _token_rows(self, given: Any, options: dict[str, Any]) -> list[list[int]]:
-        """Every prompt as a list of token ids."""
-        if isinstance(given, str):
-            return self._tokenised([given], options)
-        if isinstance(given, torch.Tensor):
-            rows: list[list[int]] = given.tolist() if given.ndim == 2 else [given.tolist()]
-            return rows
-        if not isinstance(given, Sequence):
-            raise InputError(
-                f"A prompt is text, token ids or a dict of tensors, not a {type(given).__name__}: {given!r:.80}"
-            )
-        if not given:
-            raise EmptyPromptError(0, 0)
-        if all(isinstance(each, str) for each in given):
-            return self._tokenised(list(given), options)
-        if all(isinstance(each, int) for each in given):
-            return [list(given)]
-        return [row for each in given for row in (self._token_rows(each, options) if len(each) else [[]])]
-
-    def _tokenised(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
-        if self.tokenizer is None:
-            raise InputError(
-                "This model was wrapped without a tokenizer, so it cannot read text.\n"
-                "Give it one, LanguageModel(model, tokenizer=...), or give token ids instead of text."
-            )
-        rows: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
-        return rows
-
-    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        for index, row in enumerate(rows):
-            if not row:
-                raise EmptyPromptError(index, len(rows))
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), self._filler())
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row) :] = torch.tensor(row)
-            mask[index, longest - len(row) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
     def _check_lengths(self, lengths: Sequence[int]) -> None:
         # Reading a configuration takes longer than one would think, and what has fitted once fits again.
         longest = max(lengths)
@@ -280,8 +305,8 @@ def refuse_loading_options(options: Mapping[str, Any]) -> None:
     """Raises:
     TypeError: there are options for loading, where the model is loaded already.
     """
-    if options:
-        names = ", ".join(sorted(options))
+    names = ", ".join(sorted(options.keys() - _WHEN))
+    if names:
         raise TypeError(f"{names}: these say how to load a model, but a loaded one was given. Leave them out.")
 
 
@@ -294,8 +319,9 @@ def load_model(name: str | Path, known: Sequence[str] = (), **kwargs: Any) -> Pr
         ModelNotFoundError: there is none, or it cannot be reached.
     """
     _check_folder(name, known)
+    options = {name: value for name, value in kwargs.items() if name not in _WHEN}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(str(name), _readable(error), known) from error
 

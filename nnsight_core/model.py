@@ -12,11 +12,14 @@ from nnsight_core.arguments import apply, unwrap
 from nnsight_core.batching import joined
 from nnsight_core.editor import Editor, EditPart, EditSteps
 from nnsight_core.edits import Edits
-from nnsight_core.envoy import Envoy, Names, Tree
+from nnsight_core.envoy import Envoy, annotations_of
 from nnsight_core.errors import InputError, MissingInputError
+from nnsight_core.options import invoker_options, refuse_options, without_old_options
 from nnsight_core.passes import Call, Part, Result
+from nnsight_core.renames import Rename, check_aliases, plan_renames
 from nnsight_core.steps import Steps
 from nnsight_core.tracer import Tracer
+from nnsight_core.tree import Names, Tree
 from nnsight_core.values import NoTensorError, first_tensor
 
 
@@ -41,12 +44,38 @@ class NNsight(Envoy):
 
     Args:
         module: the model.
-        aliases: extra names: for each parent path (``""`` is the root) a mapping from name to full path.
+        rename: new names, which stand beside the old ones: ``{"layer1": "encoder"}`` for every module of that name,
+            ``{"transformer.h": "layers"}`` for a path, ``{"layer1": ["encoder", "first"]}`` for several new names.
+        aliases: extra names as a plan: for each parent path (``""`` is the root) a mapping from name to full path.
+
+    Raises:
+        RenameError: a name to rename fits no module, or a new name is taken.
     """
 
-    def __init__(self, module: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
-        super().__init__(module, "", Tree(module, aliases))
+    def __init__(
+        self, module: torch.nn.Module, rename: Rename | None = None, aliases: Mapping[str, Names] | None = None
+    ) -> None:
+        super().__init__(module, "", Tree(module, self._planned(module, rename, aliases)))
         self._result = ResultEnvoy(Result(), "result", self._tree)
+
+    def _planned(
+        self, module: torch.nn.Module, rename: Rename | None, aliases: Mapping[str, Names] | None
+    ) -> Mapping[str, Names]:
+        if rename is None and not aliases:
+            return {}
+        modules = dict(module.named_modules(remove_duplicate=False))
+
+        def hides(path: str, name: str) -> bool:
+            envoy: type[Envoy] = Envoy if path else type(self)
+            return hasattr(envoy, name) or name in annotations_of(envoy)
+
+        def taken(path: str, name: str) -> bool:
+            return hides(path, name) or hasattr(modules[path], name)
+
+        check_aliases(aliases or {}, modules, hides)
+        if rename is None:
+            return aliases or {}
+        return plan_renames(rename, modules, taken, aliases)
 
     def edit(self, name: str = "", *, inplace: bool = False, return_context: bool = False) -> Editor:
         """Open an edit: what is written in its block is done in every later trace of the edited model.
@@ -124,7 +153,7 @@ class NNsight(Envoy):
         """Make the call plainly, the edits included."""
         if not self._tree.edits:
             return call.function(*call.args, **call.kwargs)
-        with Tracer(self, lambda: call, self._combine, self._result, has_input=True):
+        with Tracer(self, lambda: call, self._combine, self._result, has_input=True, in_steps=call.runs_repeatedly):
             return self._result.output.value
 
     def trace(
@@ -137,26 +166,73 @@ class NNsight(Envoy):
         """Open a trace: inside the ``with`` block the model's values can be asked for and set.
 
         Args:
-            inputs: what the model is called with.
+            inputs: what the model is called with; none if that comes from invokes.
             trace: ``False`` runs the model at once, without a block, and gives its plain output.
             invoker_args: options for turning ``inputs`` into the model's arguments (a language model's tokenizer).
-            kwargs: keyword arguments of the model's call.
+            kwargs: keyword arguments of the model's call. ``scan`` and ``validate`` of older scripts are accepted and
+                change nothing.
 
         Raises:
             MissingInputError: there is nothing to run on.
+            OptionError: an option that nobody knows, or that would do nothing.
+            RemoteError: ``remote=True``.
         """
-        if trace and not inputs and not kwargs:
-            return Tracer(self, self._prepare_invoke, self._combine, self._result, has_input=False)
-        prepare = partial(self._prepare, unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))
+        return self._open_trace(inputs, trace, invoker_args, kwargs, keeps_output=False)
+
+    def forward(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
+        """Another spelling of :meth:`trace`, after which the model's output need not have been saved:
+
+        >>> import torch
+        >>> from nnsight_core import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3)))
+        >>> with model.forward() as runner:
+        ...     with runner.invoke(torch.ones(1, 4)) as invoker:
+        ...         hidden = model[0].output.save()
+        >>> torch.equal(runner.output, hidden.value)
+        True
+        """
+        tracer: Tracer = self._open_trace(inputs, True, invoker_args, kwargs, keeps_output=True)
+        return tracer
+
+    def _open_trace(
+        self,
+        inputs: tuple[Any, ...],
+        trace: bool,
+        invoker_args: Mapping[str, Any] | None,
+        given: dict[str, Any],
+        keeps_output: bool,
+    ) -> Any:
+        kwargs = without_old_options(unwrap(given), self._module.forward) if given else {}
+        options = invoker_options(invoker_args)
+        has_input = bool(inputs) or self._is_input(kwargs)
+        if has_input or not trace:
+            prepare = partial(self._prepare, unwrap(inputs), kwargs, options)
+        else:
+            prepare = partial(self._prepare_input, options=options, defaults=kwargs)
         if trace:
-            return Tracer(self, prepare, self._combine, self._result, has_input=True)
+            return Tracer(self, prepare, self._combine, self._result, has_input, keeps_output=keeps_output)
         return self._run(prepare())
 
-    def _prepare_invoke(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Call:
-        return self._prepare(unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))
+    def _is_input(self, kwargs: dict[str, Any]) -> bool:
+        """Whether these keyword arguments are themselves what the model is to run on, and not options beside it."""
+        return bool(kwargs)
+
+    def _prepare_input(
+        self,
+        *inputs: Any,
+        options: dict[str, Any],
+        defaults: dict[str, Any],
+        invoker_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """The call for one input; ``options`` and ``defaults`` were given to the trace, the rest to its invoke."""
+        kwargs = without_old_options(unwrap(kwargs), self._module.forward)
+        return self._prepare(unwrap(inputs), {**defaults, **kwargs}, {**options, **invoker_options(invoker_args)})
 
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
         """The call that the trace is to make; subclasses turn text and the like into arguments here."""
+        if options:
+            refuse_options(options, "this model takes its inputs as they are")
         if not inputs and not kwargs:
             raise MissingInputError()
         return Call(self._module, inputs, kwargs)

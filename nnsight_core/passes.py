@@ -13,7 +13,7 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
-from nnsight_core.envoy import Tree
+from nnsight_core.errors import StepNotRunError
 from nnsight_core.events import Event, Origin
 from nnsight_core.forward_pass import ForwardPass
 from nnsight_core.gradients import GradientTape
@@ -25,8 +25,9 @@ from nnsight_core.order import observed_operations, observed_order
 from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
-from nnsight_core.sites import Site
+from nnsight_core.sites import Site, user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
+from nnsight_core.tree import Tree
 
 
 @dataclass(slots=True)
@@ -74,10 +75,12 @@ class Part:
     Args:
         root: the model.
         call: its input, prepared; None for a body that sees the whole batch.
+        in_steps: a pass may run the model several times.
     """
 
-    def __init__(self, root: torch.nn.Module, call: Call | None) -> None:
+    def __init__(self, root: torch.nn.Module, call: Call | None, in_steps: bool = False) -> None:
         self.root = root
+        self._in_steps = in_steps
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
@@ -90,6 +93,8 @@ class Part:
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] | None = None
+        #: The last step that was asked for by number in a recorded body: which, what asked, and where.
+        self.needed: tuple[int, str, Site] | None = None
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -106,10 +111,39 @@ class Part:
         """The run of the model that values of ``module`` are asked of."""
         return self.step if self._steps_of is None else max(self.step, self._steps_of.get(module, 0))
 
-    def next_step_of(self, module: torch.nn.Module) -> None:
-        """From now on, ask ``module`` for the values of the next run."""
-        step = self.step_of(module) + 1
+    def next_step_of(self, module: torch.nn.Module, increment: int, label: str) -> None:
+        """From now on, ask ``module`` for the values of a later run; ``label`` is how errors are to call that.
+
+        Raises:
+            StepNotRunError: the model is run once only.
+        """
+        step = self.step_of(module) + increment
+        self.check_step(label, step)
         self._steps_of = {**(self._steps_of or {}), module: step}
+
+    def need_step(self, label: str, step: int) -> None:
+        """From now on, values are those of the run number ``step``, which has to come, whatever is asked of it."""
+        self.step = step
+        if step > (0 if self.needed is None else self.needed[0]):
+            self.needed = step, label, user_site()
+
+    def check_ran(self, last: int | None) -> None:
+        """Raises:
+        StepNotRunError: a run was asked for that has not come; ``last`` is the last that has.
+        """
+        if self.needed is not None and self.needed[0] > (last or 0):
+            step, label, site = self.needed
+            raise StepNotRunError(label, site, step, 0 if last is None else last + 1)
+
+    def check_step(self, label: str, step: int) -> None:
+        """Raises:
+        StepNotRunError: the model is run once only, and ``step`` is not that run.
+        ValueError: a step before the first.
+        """
+        if step < 0:
+            raise ValueError(f"{label}: generation steps are counted from 0, and go forwards.")
+        if step and not self._in_steps:
+            raise StepNotRunError(label, user_site(), step, 1, in_steps=False)
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
@@ -263,12 +297,16 @@ class Pass:
     def finish(self) -> list[Part]:
         """Run to the end; gives the bodies that could not be done in this pass."""
         try:
-            self.interleaver.finish()
+            self.interleaver.finish(counts=any(part.needed is not None for part in self.parts))
             undone = {part: client for part, client in self._by_part.items() if not client.done}
             if self.interleaver.stopped_at is not None:
                 for client in undone.values():
                     if client.waits_for is not None:
                         raise self.interleaver.missing(client, client.waits_for)
+            else:
+                for part in self.parts:
+                    if part.needed is not None:
+                        part.check_ran(self.interleaver.step)
             return list(undone)
         finally:
             self._drop()

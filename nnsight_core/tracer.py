@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from nnsight_core.arguments import save
-from nnsight_core.cache import Cache, CacheOptions
+from nnsight_core.arguments import apply
+from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
 from nnsight_core.current import closed, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
+from nnsight_core.invoker import Invoker
+from nnsight_core.keeping import Keeper, save, write_line
 from nnsight_core.passes import Call, Part, Pass
 from nnsight_core.rows import rows_of
 from nnsight_core.sites import user_frame, user_site
@@ -37,6 +39,8 @@ class Tracer:
         combine: makes one call of several, and says how many rows each has.
         result: the envoy of what a pass gives.
         has_input: False where the inputs are to come from invokes.
+        in_steps: the model may be run several times, as in a generation.
+        keeps_output: ``.output`` is to be there after the block, too.
     """
 
     #: How often the model has been run.
@@ -48,13 +52,26 @@ class Tracer:
     #: The body being written.
     _current: Part | None = None
 
-    def __init__(self, model: Envoy, prepare: Prepare, combine: Combine, result: Envoy, has_input: bool) -> None:
+    def __init__(
+        self,
+        model: Envoy,
+        prepare: Prepare,
+        combine: Combine,
+        result: Envoy,
+        has_input: bool,
+        in_steps: bool = False,
+        keeps_output: bool = False,
+    ) -> None:
         self._model = model
         self._root = model._tree.root
         self._prepare: Prepare | None = prepare
         self._combine = combine
         self._has_input = has_input
+        self._in_steps = in_steps
         self._result = result
+        #: What the batches gave, if that is to be kept; a batch may take several passes.
+        self._outputs: list[Any] | None = [] if keeps_output else None
+        self._keeper = Keeper()
         self._edits = EditRuns(model._tree, self) if model._tree.edits else None
         #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
@@ -67,9 +84,10 @@ class Tracer:
             raise RuntimeError("This trace has been run. Call .trace(...) again for another one.")
         check_not_in_its_edit(self._model._tree)
         self._entered = True
+        self._keeper.open()
         if self._has_input:
             try:
-                part = Part(self._root, self._prepare())
+                part = Part(self._root, self._prepare(), self._in_steps)
                 self._begin(part, sys._getframe(1))
                 self._start_pass(part)
             except BaseException:
@@ -117,6 +135,8 @@ class Tracer:
             except BaseException:
                 running.unwind()
                 raise
+            if self._outputs is not None and not again and not self._stopped:
+                self._outputs.append(running.forward.result)
             if again and again == undone:
                 raise RuntimeError("These invokes wait for values of each other, and no order of passes serves them.")
             if again:
@@ -155,6 +175,7 @@ class Tracer:
                 self._pass.unwind()
         finally:
             self._pass = None
+            self._keeper.close()
             # What was traced may be large, and the tracer may outlive the block.
             self._prepare = self._batch = None
             for part in self._parts:
@@ -187,17 +208,21 @@ class Tracer:
         ...         model.layers_output[3] = clean
         ...         patched = model.logits.save()
         """
-        return Invoker(self, inputs, kwargs)
+        # Without an input of its own, in a trace that has one, it sees what the trace sees.
+        around = self._current.call if self._has_input and self._current and not inputs and not kwargs else None
+        return Invoker(self, inputs, kwargs, around)
 
-    def _enter_invoke(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_invoke(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         if self._has_input:
             raise RuntimeError("This trace has an input already. Open it with model.trace() to give it invokes.")
         if self._current is not None:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
         assert self._prepare is not None
-        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
+        call = self._prepare(*inputs, **kwargs) if inputs or kwargs else None
+        part = Part(self._root, call, self._in_steps)
         part.record(self)
         self._begin(part, sys._getframe(2))
+        return call
 
     def _exit_invoke(self, failed: bool) -> None:
         part, self._current = self._current, None
@@ -257,7 +282,7 @@ class Tracer:
 
     def cache(
         self,
-        modules: Sequence[Envoy | str] | None = None,
+        modules: Wanted | Iterable[Wanted] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = True,
@@ -271,7 +296,7 @@ class Tracer:
         >>> cache["transformer.h.0"].output.shape, cache.lm_head.output.shape  # doctest: +SKIP
 
         Args:
-            modules: envoys or paths; all modules if None.
+            modules: envoys, paths or torch modules, or one of them; all modules if None.
             device: where to put tensors; None leaves them where they are.
             dtype: the type of floating-point tensors; None leaves it.
             detach: cut from the autograd graph.
@@ -279,10 +304,11 @@ class Tracer:
             include_inputs: keep what modules are called with.
 
         Raises:
-            NoSuchModuleError: a path that is not in the model.
+            NoSuchModuleError: a path or a module that is not in the model.
+            OptionError: nothing would be kept.
         """
         part = self._open_part()
-        envoys = None if modules is None else [self._model.get(m) if isinstance(m, str) else m for m in modules]
+        envoys = None if modules is None else chosen_envoys(self._model, modules)
         options = CacheOptions(device, dtype, detach, include_output, include_inputs)
         cache = Cache(self._model, envoys, options, user_site())
         part.caches.append((cache, self._model._tree))
@@ -304,14 +330,18 @@ class Tracer:
         """All generation steps: ``for step in tracer.all()``, as ``tracer.iter[:]``."""
         return iter(self.iter[:])
 
-    def next(self) -> Tracer:
+    def next(self, increment: int = 1) -> Tracer:
         """From now on, values are those of the next generation step."""
-        self._open_part().step += 1
+        part = self._open_part()
+        part.check_step("tracer.next()", part.step + increment)
+        part.step += increment
         return self
 
     def _open_part(self) -> Part:
         if self._current is None:
-            raise RuntimeError("Generation steps are asked for inside the trace, or inside one of its invokes.")
+            raise RuntimeError(
+                "This belongs inside the trace; in a trace of several inputs, inside one of its invokes."
+            )
         return self._current
 
     @property
@@ -321,31 +351,36 @@ class Tracer:
 
     @property
     def output(self) -> Any:
-        """The model's own output, as ``model.output``."""
-        return self._model.output
+        """The model's own output, as ``model.output``.
+
+        After ``with model.forward(...) as runner`` and ``with model.generate() as generator`` it is what the whole
+        batch gave, and need not be saved.
+        """
+        if self._entered or not self._outputs:
+            return self._model.output
+        if len(self._outputs) > 1:
+            count = len(self._outputs)
+            raise RuntimeError(f"There were {count} batches, not one. Save model.output in each invoke instead.")
+        return self._outputs[0]
 
     def save(self, value: Any) -> Any:
         """Keep ``value``, or every proxy inside it, beyond the trace."""
         return save(value)
+
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` on the values of proxies, when they are there; gives its result as a proxy."""
+        part = self._current
+        if part is None or part.tape is None:
+            return apply(function, *args, **kwargs)
+        # Recorded even without a value to wait for, so that it stays between the lines around it.
+        return part.tape.record(apply, function, *args, **kwargs)
+
+    def log(self, *values: Any) -> None:
+        """Print values when they are there, in the place of this line among those around it."""
+        self.apply(write_line, *values)
 
     def __getattr__(self, name: str) -> Any:
         # ``tracer.layer1`` is another spelling of ``model.layer1``.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._model, name)
-
-
-class Invoker:
-    """What ``with tracer.invoke(...)`` opens."""
-
-    def __init__(self, tracer: Tracer, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tracer = tracer
-        self._inputs = inputs
-        self._kwargs = kwargs
-
-    def __enter__(self) -> Invoker:
-        self._tracer._enter_invoke(self._inputs, self._kwargs)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
-        self._tracer._exit_invoke(failed=kind is not None)

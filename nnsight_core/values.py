@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,7 +75,15 @@ def with_entry(container: Any, key: Any, entry: Any) -> Any:
 
 
 def with_attribute(owner: Any, name: str, value: Any) -> Any:
-    """``owner`` with its attribute set: a changed copy of a dataclass or named tuple, and anything else in place."""
+    """``owner`` with its attribute set: a changed copy of a dataclass or named tuple, and anything else in place.
+
+    Raises:
+        AttributeError: there is no such attribute, so that nobody would look at it.
+    """
+    known = hasattr(owner, "_fields") or is_dataclass_value(owner) or isinstance(owner, torch.Tensor)
+    # torch's own code marks tensors with names that begin so.
+    if known and not name.startswith("_") and not hasattr(owner, name):
+        raise _no_attribute(owner, name)
     if hasattr(owner, "_fields") and name in owner._fields:
         return owner._replace(**{name: fitting(getattr(owner, name), value)})
     if hasattr(owner, "n_sequence_fields") and name in owner.__match_args__:
@@ -88,6 +97,13 @@ def with_attribute(owner: Any, name: str, value: Any) -> Any:
     changed = copy.copy(owner)
     setattr(changed, name, value)
     return changed
+
+
+def _no_attribute(owner: Any, name: str) -> AttributeError:
+    names = [each for each in dir(owner) if not each.startswith("_")]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    mend = f" Did you mean {' or '.join(repr(each) for each in near)}?" if near else ""
+    return AttributeError(f"{type(owner).__name__} has no attribute {name!r}, so setting it would do nothing.{mend}")
 
 
 def own_copy(value: Any) -> Any:

@@ -98,7 +98,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         sizes = dimensions(self._spec, config, rename_config)
         names = [name for name, _ in module.named_modules()]
         self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
-        super().__init__(module, tokenizer, self._plan.aliases)
+        super().__init__(module, tokenizer, aliases=self._plan.aliases)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
             setattr(self, name, getattr(sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)

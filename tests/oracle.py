@@ -116,3 +116,25 @@ def write(model: torch.nn.Module, changes: Mapping[Place, Callable[[Any], Any]],
 
     with visiting(model, visit):
         return model(*args, **kwargs)
+
+
+def logits_with_hook(module: Any, ids: torch.Tensor, at: Any = None, hook: Any = None) -> torch.Tensor:
+    """The logits of a plain language model, with a forward hook on one of its modules."""
+    handle = None if at is None else at.register_forward_hook(hook)
+    try:
+        logits: torch.Tensor = module(ids).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits
+
+
+def seen_by_hook(at: Any, run: Callable[[], Any]) -> list[Any]:
+    """What the module ``at`` gives, call by call, while ``run()`` lasts."""
+    seen: list[Any] = []
+    handle = at.register_forward_hook(lambda m, args, output: seen.append(output))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen

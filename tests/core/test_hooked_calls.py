@@ -245,7 +245,7 @@ def test_a_name_that_means_something_else_is_an_error_at_once(model: NNsight, na
 
 
 def test_an_alias_is_taken_too(module: Any) -> None:
-    model = NNsight(module, {"": {"first": "one"}})
+    model = NNsight(module, rename={"one": "first"})
     with pytest.raises(NameTakenError, match="stands for the module one"):
         model.first = torch.nn.Identity()
 

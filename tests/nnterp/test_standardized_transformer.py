@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,16 @@ def test_the_closest_tokens_of_a_hidden_state(demo_gpt2: StandardizedTransformer
         demo_gpt2.get_topk_closest_tokens(hidden, k=0)
 
 
-def test_printing_the_model_shows_the_module_tree(demo_gpt2: StandardizedTransformer) -> None:
-    assert str(demo_gpt2) == str(demo_gpt2._module)
+def test_printing_the_model_shows_the_module_tree_with_both_names(demo_gpt2: StandardizedTransformer) -> None:
+    shown = str(demo_gpt2)
+    for line in (
+        "(transformer -> model): GPT2Model(",
+        "(attn -> self_attn): GPT2Attention(",
+        "(transformer.h -> layers)",
+    ):
+        assert line in shown
+    beside = re.sub(r"\n +\([\w.]+ -> \w+\)(?=\n)", "", shown)
+    assert re.sub(r" -> \w+(?=\))", "", beside) == str(demo_gpt2._module)
 
 
 def test_a_model_is_gone_when_it_is_deleted_without_the_garbage_collector() -> None:
