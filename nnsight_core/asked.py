@@ -22,7 +22,8 @@ class Asked:
 
     Args:
         module: whose value.
-        kind: ``"input"`` or ``"output"`` of its call, or ``"skip"``: its call before it computes.
+        kind: ``"input"`` or ``"output"`` of its call, or ``"skip"``: its call before it computes; for an operation
+            inside it ``"source.softmax_0.input"`` or ``"source.softmax_0.output"``.
         label: what the user calls it.
         site: the user's line.
         ancestors: the modules inside whose calls it runs.
@@ -66,6 +67,11 @@ class Asked:
                 return True
             each = each.otherwise
         return False
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it is what something is called with, and not what it gives."""
+        return not self.kind.endswith("output")
 
 
 class Client(Protocol):

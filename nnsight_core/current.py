@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import torch
 from nnsight_core.asked import Asked, View
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
-from nnsight_core.sites import user_frame
+from nnsight_core.sites import Site, user_frame
 
 
 class OpenTrace(Protocol):
@@ -38,6 +38,12 @@ class OpenTrace(Protocol):
 
     def next_step_of(self, module: torch.nn.Module, increment: int, label: str) -> None:
         """From now on, ask ``module`` for the values of a later run; ``label`` is how errors are to call that."""
+
+    def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
+        """Operations inside ``module`` are going to be asked for."""
+
+    def operations(self, module: torch.nn.Module) -> list[tuple[str, Site]] | None:
+        """The operations that ``module`` calls in this trace, with their lines; None if it is not called."""
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part of it that ``view`` shows, present or pending."""

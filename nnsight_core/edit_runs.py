@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,16 +12,17 @@ import torch
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
-from nnsight_core.envoy import Tree
 from nnsight_core.errors import NNsightError, RecordingError, StepNotRunError
 from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.operations import is_operation
 from nnsight_core.passes import Call, Part
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
+from nnsight_core.tree import Tree
 
 #: Steps that hand an argument on to the model as it is, which may then change it in place.
 _HAND_ON = (
@@ -59,7 +59,7 @@ class EditRun:
         for index, step in steps_in(edit, number):
             exchange = partial(self._exchanged, runs, step.function in _HAND_ON)
             asked = None if step.asked is None else self._asked(step.asked, runs.tree)
-            is_call = asked is not None and asked.kind != "output"
+            is_call = asked is not None and asked.is_call
             args, kwargs = mapped(step.args, exchange), mapped(step.kwargs, exchange)
             result = self.results[index] = self.part.scope.pending(tape, is_call, step.site)
             tape.instructions.append(step.again(asked, args, kwargs, result))
@@ -199,14 +199,14 @@ class EditClient(TapeClient):
     def begin_first(self, clients: dict[Tape, TapeClient]) -> None:
         """The model is about to run for the first time."""
         self._clients = clients
+        for asked in self._edit.questions:
+            if is_operation(asked.kind):
+                self._interleaver.hooks.announce(asked.module, self._runs.tree.ancestors(asked.module))
         if self._batch.runs_repeatedly:
             self._interleaver.at_steps.append(self.begin)
-            for asked in self._questions():
+            for asked in self._edit.questions:
                 self._interleaver.hooks.watch(asked.module, asked.kind, self._runs.tree.ancestors(asked.module))
         self._go()
-
-    def _questions(self) -> Iterable[Asked]:
-        return [step.asked for step in self._edit.instructions if step.asked is not None]
 
     def begin(self, number: int) -> None:
         """The model is about to run for another time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,13 +13,15 @@ from nnsight_core.asked import Asked, View
 from nnsight_core.bytecode import drops_result, unpacks_result
 from nnsight_core.current import closed, open_trace, opened
 from nnsight_core.edits import LOOKED_AT, Edit, Edits
-from nnsight_core.envoy import Envoy, Tree
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import EditError, RecordingError
 from nnsight_core.gradients import GradientTape
+from nnsight_core.order import observed_operations
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
-from nnsight_core.sites import user_frame, user_site
+from nnsight_core.sites import Site, user_frame, user_site
 from nnsight_core.tape import Tape
+from nnsight_core.tree import Tree
 
 
 class EditPart:
@@ -61,6 +63,21 @@ class EditPart:
     def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` on the values of proxies in every later trace."""
         return self.edit.record(apply, function, *args, **kwargs)
+
+    def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
+        """Nothing: each trace counts operations from the start for what an edit asks."""
+
+    def operations(self, module: torch.nn.Module) -> list[tuple[str, Site]] | None:
+        """The operations that ``module`` calls on an example, for an edit has no input; None if it is not called.
+
+        Raises:
+            EditError: there is no example to run the model on.
+        """
+        call = self.tree.example(self.root)
+        if call is None:
+            what = "Operations are listed by running the model, and an edit has no input to run it on."
+            raise EditError(what, user_site(), "List them in a trace, and ask for them by name in the edit.")
+        return observed_operations(self.root, call[0], call[1], module)
 
     def edited_value(self, edit: Any, number: int) -> Proxy | None:
         """Nothing: there are no values while an edit is written."""

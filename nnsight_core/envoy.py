@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,75 +11,13 @@ import torch
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
-from nnsight_core.edits import Edits
 from nnsight_core.errors import NameTakenError, NoSuchEntryError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
+from nnsight_core.source import Source
+from nnsight_core.tree import NO_NAMES, Names, Tree
 from nnsight_core.tree_text import tree_text
 from nnsight_core.values import fitting
-
-Names = Mapping[str, str]
-_NO_NAMES: Names = {}
-
-
-class Tree:
-    """What all envoys of one model share: the root, the extra names, and who calls whom.
-
-    Args:
-        root: the wrapped module.
-        aliases: for each parent path (``""`` is the root) the extra names that it answers to, and the full path
-            that each stands for.
-    """
-
-    def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
-        self.root = root
-        self.aliases = dict(aliases or {})
-        #: What is done in every trace, in this order.
-        self.edits = Edits()
-        #: Modules into whose output the model writes after they have given it.
-        self.written_over: frozenset[torch.nn.Module] = frozenset()
-        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
-        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
-
-    def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        """Every module inside whose call ``module`` may be called, the root among them.
-
-        A module that hangs in the tree at several places has the ancestors of all of them.
-        """
-        found = self._ancestors.get(module)
-        if found is None:
-            self._index()
-            found = self._ancestors[module] = self._collect(module)
-        return found
-
-    def twin(self) -> Tree:
-        """The same modules under the same names, with edits of their own from here on."""
-        twin = copy.copy(self)
-        twin.aliases = dict(self.aliases)
-        return twin
-
-    def forget(self) -> None:
-        """The tree has changed: work out anew who calls whom."""
-        self._parents.clear()
-        self._ancestors.clear()
-
-    def _index(self) -> None:
-        self._parents.clear()
-        for parent in self.root.modules():
-            for child in parent.children():
-                self._parents.setdefault(child, []).append(parent)
-
-    def _collect(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        found: dict[torch.nn.Module, None] = {}
-        waiting = [module]
-        while waiting:
-            for parent in self._parents.get(waiting.pop(), ()):
-                if parent not in found:
-                    found[parent] = None
-                    waiting.append(parent)
-        found.setdefault(self.root, None)
-        found.pop(module, None)
-        return tuple(found)
 
 
 class Envoy:
@@ -107,7 +44,7 @@ class Envoy:
         self._module = module
         self._path = path
         self._tree = tree
-        self._names = tree.aliases.get(path, _NO_NAMES)
+        self._names = tree.aliases.get(path, NO_NAMES)
         self._children = {}
 
     # Going down the tree.
@@ -294,7 +231,7 @@ class Envoy:
         site: Site | None = None,
         view: View | None = None,
     ) -> Any:
-        """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
+        """The value of ``kind`` as a proxy: ``"input"``, ``"output"``, or an operation's ``"source.softmax_0.output"``.
 
         Args:
             kind: which value.
@@ -332,7 +269,7 @@ class Envoy:
             # After `module.output += x` Python sets the very proxy that was read and changed.
             return
         # isinstance() would look at a pending value, and that starts the model.
-        if kind == "input":
+        if kind.endswith("input"):
             current.set_call(value)
         else:
             current.update_value(fitting, value)
@@ -362,6 +299,18 @@ class Envoy:
         self.write("input", value)
 
     inputs = input
+
+    @property
+    def source(self) -> Source:
+        """The torch operations that the module's own forward calls, in order, with their values:
+        ``module.source.softmax_0.output``. ``print(module.source)`` lists them with their lines.
+
+        If the module has a child of this name, reach the child by ``envoy["source"]``.
+
+        Raises:
+            SourceError: the module is scripted or compiled.
+        """
+        return Source(self)
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this pass; ``value`` is what its call gives.

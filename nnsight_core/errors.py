@@ -9,6 +9,7 @@
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── GradientError            a gradient that is not there, or cannot be
     ├── NoTraceError             a value was asked for outside a trace
+    ├── RowsError                the rows of one invoke cannot be told in a value inside a module
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
@@ -18,6 +19,8 @@
     ├── OptionError              an option that nobody here knows, or that would do nothing
     ├── RemoteError              a trace was to run on another machine
     ├── NameTakenError           a module cannot be added under a name that means something else
+    ├── NoSuchOperationError     a name that is not among the operations inside a module
+    ├── SourceError              a module whose operations cannot be seen
     └── InputError
         ├── MissingInputError    a trace without anything to run on
         ├── EmptyPromptError     a prompt without a token
@@ -79,6 +82,10 @@ class OutOfOrderError(OrderError):
         here = reached_at is not None and reached_at.file == asked_at.file and reached_at.line != asked_at.line
         if mend:
             pass
+        elif runs_inside and ".source." in asked:
+            what = "while its module was half-way through its call, and nobody had counted its operations"
+            parent = asked.partition(".source.")[0] + ".source"
+            mend = f"Write {parent} before you ask for {reached}: then they are counted from the start."
         elif runs_inside:
             what = "while its module was running already, outside its own children"
             mend = (
@@ -186,6 +193,18 @@ class ReleasedValueError(NNsightError, ValueError):
         )
 
 
+class RowsError(NNsightError):
+    """In a value inside a module it cannot be told which part belongs to one input of the batch."""
+
+    def __init__(self, shape: tuple[int, ...], total: int, site: Site, setting: bool = False) -> None:
+        what = "belongs to all alike and cannot be set for one" if setting else "may or may not have rows of each"
+        super().__init__(
+            f"A value of shape {shape} inside a module {what} of the {total} rows of the batch.\n"
+            f"{_table([('at', site.source or 'this line', site)])}\n"
+            "Give this input a trace of its own, or see the whole batch in an invoke without input: tracer.invoke()."
+        )
+
+
 class RecordingError(NNsightError):
     """What a script does to a value that has yet to arrive cannot be recorded."""
 
@@ -230,6 +249,27 @@ class NoSuchModuleError(NNsightError, AttributeError):
         lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))
+
+
+class NoSuchOperationError(NNsightError, AttributeError):
+    """An operation was asked for that the module does not call."""
+
+    def __init__(self, name: str, parent: str, known: Iterable[str], site: Site) -> None:
+        known = list(dict.fromkeys(known))
+        asked = f"{parent}.{name}"
+        lines = [f"{asked} was asked for, but there is no such operation.", _table([("asked for", asked, site)])]
+        lines.append(_did_you_mean(name, known))
+        lines.append(f"In order, they are: {', '.join(known)}." if known else "The module calls none of its own.")
+        if known:
+            lines.append(f"print({parent}) shows them with their lines.")
+        super().__init__("\n".join(line for line in lines if line))
+
+
+class SourceError(NNsightError):
+    """The operations inside a module cannot be seen, or not without an input to run on."""
+
+    def __init__(self, label: str, why: str, mend: str, site: Site) -> None:
+        super().__init__(f"{label}: {why}\n{_table([('asked for', label, site)])}\n{mend}")
 
 
 class NoSuchEntryError(NNsightError, IndexError):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from nnsight_core.errors import OutOfOrderError
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
+
+#: Whose memory a value is: its own, what others hold as well, or what they hold and an operation has just changed.
+Memory = Literal["own", "shared", "in place"]
 
 
 class Event:
@@ -16,9 +21,18 @@ class Event:
     It is itself the origin of a proxy that shows all of it.
     """
 
-    __slots__ = ("current", "kind", "label", "module", "replaced", "rows", "site", "value")
+    __slots__ = ("current", "kind", "label", "memory", "module", "replaced", "rows", "site", "value")
 
-    def __init__(self, module: Any, kind: str, label: str, value: Any, site: Site, rows: Rows | None = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        kind: str,
+        label: str,
+        value: Any,
+        site: Site,
+        rows: Rows | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.module = module
         self.kind = kind
         self.label = label
@@ -27,8 +41,15 @@ class Event:
         self.replaced = False
         #: The rows of the batch that it is cut to already; None if it is of all of them.
         self.rows = rows
+        #: Of the value of an operation inside a module.
+        self.memory = memory
         #: The model waits at this event; once it has gone on, nothing can be changed here any more.
         self.current = True
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it is what something is called with, and not what it gives."""
+        return not self.kind.endswith("output")
 
     @property
     def event(self) -> Event:
@@ -41,6 +62,12 @@ class Event:
 
     def write(self, value: Any) -> None:
         """Let the model go on with ``value`` in place of its own."""
+        if self.memory == "in place" and getattr(value, "shape", None) != self.value.shape:
+            given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+            raise ValueError(
+                f"{self.label} is a tensor that was changed in place, and what it is set to is written into it:\n"
+                f"that takes a tensor of its own shape, {tuple(self.value.shape)}, and this is {given}."
+            )
         self.value = value
         self.replaced = True
 

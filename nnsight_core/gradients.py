@@ -55,6 +55,7 @@ class GradientTape(Tape):
             GradientError: no gradient can reach it.
         """
         site = user_site()
+        tensor = self.scope.original(tensor)
         if not tensor.requires_grad:
             raise GradientError("asked of a value that no gradient reaches", site)
         pending = self.scope.pending(self)

@@ -7,11 +7,13 @@ for themselves; a module that nobody asked for costs nothing.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +22,9 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
+from nnsight_core.operations import Tap, is_operation
+from nnsight_core.taps import Deliver, Taps
 from nnsight_core.values import map_tensors
-
-#: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
-Deliver = Callable[[torch.nn.Module, str, Any], "tuple[Any] | None"]
 
 
 def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -60,6 +61,8 @@ class HookBoard:
         self._gates: dict[torch.nn.Module, Gate | None] = {}
         self._may_skip: set[torch.nn.Module] | None = None
         self._followed: RemovableHandle | None = None
+        self._taps: Taps | None = None
+        self._ends: tuple[RemovableHandle, ...] = ()
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
@@ -73,8 +76,14 @@ class HookBoard:
                 self._hooked[module] = True
             return
         self._arm(module)
+        if is_operation(kind):
+            self.announce(module).listen(module, kind)
+            return
         if kind == "skip":
             self._may_skip = {*(self._may_skip or ()), module}
+        self._put_gate(module)
+
+    def _put_gate(self, module: torch.nn.Module) -> None:
         if module not in self._gates:
             # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
             self._gates[module] = None if isinstance(module, torch.jit.ScriptModule) else Gate.hold(module, self)
@@ -92,6 +101,46 @@ class HookBoard:
             # It has no hooks, and torch says so.
             module.register_forward_hook(hook)
         module._forward_hooks[self._key] = hook
+
+    def announce(self, module: torch.nn.Module, ancestors: Iterable[torch.nn.Module] = ()) -> Taps:
+        """Operations of ``module`` are going to be asked for: they are counted from the start of its next call on."""
+        if self._taps is None:
+            self._taps = Taps(lambda: self.coroutine(), self._deliver)
+        for each in (module, *ancestors):
+            self._arm(each)
+        self._put_gate(module)
+        self._taps.add(module)
+        return self._taps
+
+    def operations_of(self, module: torch.nn.Module) -> list[str] | None:
+        """The operations in calls of ``module`` in this pass, so far; None if none has run with the tap on."""
+        return None if self._taps is None else self._taps.names(module)
+
+    def tap_of(self, module: torch.nn.Module) -> Tap | None:
+        """What is to be on while ``module``, which is about to run, runs."""
+        return None if self._taps is None else self._taps.tap_of(module)
+
+    def tap_inside(
+        self,
+        module: torch.nn.Module,
+        call: FrameType,
+        gone: Sequence[str],
+        coming: Sequence[str],
+        astray: Callable[[], None],
+    ) -> Tap:
+        """As :meth:`Taps.inside`; the tap goes with the end of ``call``."""
+        taps = self.announce(module)
+
+        def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+            # Called by torch's own inner function of the call that ends.
+            taps.end_of(sys._getframe(1).f_back)
+
+        self._ends = (*self._ends, module.register_forward_hook(end, prepend=True))
+        return taps.inside(module, call, gone, coming, astray)
+
+    def has_joined(self, call: FrameType) -> bool:
+        """Whether ``call`` has got a tap while it was under way."""
+        return self._taps is not None and self._taps.has_joined(call)
 
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
@@ -135,10 +184,16 @@ class HookBoard:
         if self._followed is not None:
             self._followed.remove()
             self._followed = None
+        if self._taps is not None:
+            self._taps.clear()
+        for handle in self._ends:
+            handle.remove()
+        self._ends = ()
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
         self.coroutine = self._deliver = _nothing
+        self._taps = None
 
 
 class Gate:
@@ -192,6 +247,9 @@ class Gate:
             changed = board.at_gate(self._module, args, kwargs)
             if changed is not None:
                 return changed[0]
+            tap = board.tap_of(self._module)
+            if tap is not None:
+                return tap.run(self._forward, args, kwargs)
         return self._forward(*args, **kwargs)
 
 
@@ -309,7 +367,15 @@ def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Te
     return tensor.register_hook(arrived)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def hooked(root: torch.nn.Module) -> list[str]:
@@ -321,21 +387,22 @@ def hooked(root: torch.nn.Module) -> list[str]:
     ]
 
 
-@contextmanager
-def without_hooks(root: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, the modules of ``root`` show no hooks and no gates to whoever copies them."""
-    kept = [(module, name, module.__dict__[name]) for module in root.modules() for name in _HOOKS]
-    gated = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), Gate)]
-    gates = [(module, module.__dict__.pop("forward")) for module in gated]
-    try:
-        for module, name, hooks in kept:
-            module.__dict__[name] = type(hooks)()
-        for module, gate in gates:
+def hookless_copy(root: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+    """A deep copy of ``root`` without hooks and gates; ``known`` are copies there are already, by the originals' ids.
+
+    The original is not touched, for other threads may be running it.
+    """
+    with Gate._lock:
+        for module in root.modules():
+            known |= {id(hooks): type(hooks)() for name in _HOOKS if (hooks := module.__dict__.get(name)) is not None}
+            gate = module.__dict__.get("forward")
+            if isinstance(gate, Gate):
+                known[id(gate)] = gate
+        copied = copy.deepcopy(root, known)
+    for module in copied.modules():
+        gate = module.__dict__.get("forward")
+        if isinstance(gate, Gate):
+            del module.__dict__["forward"]
             if gate.own is not None:
-                module.__dict__["forward"] = gate.own
-        yield
-    finally:
-        for module, name, hooks in kept:
-            module.__dict__[name] = hooks
-        for module, gate in gates:
-            module.__dict__["forward"] = gate
+                module.__dict__["forward"] = copy.deepcopy(gate.own, known)
+    return copied

@@ -12,10 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from greenlet import getcurrent
+from torch.overrides import TorchFunctionMode
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
@@ -27,14 +29,15 @@ from nnsight_core.errors import (
     TraceStoppedError,
     WrongThreadError,
 )
-from nnsight_core.events import Event
+from nnsight_core.events import Event, Memory
 from nnsight_core.forward_pass import ForwardPass, Unwind
 from nnsight_core.hooks import HookBoard, PlainCalls
 from nnsight_core.observers import Note, Observers
+from nnsight_core.operations import is_operation
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
 from nnsight_core.values import map_tensors
-from nnsight_core.witness import Order, verdict
+from nnsight_core.witness import Order, missing_operation, verdict
 
 
 class Interleaver:
@@ -61,9 +64,14 @@ class Interleaver:
     _rows: Rows | None = None
     _called: frozenset[torch.nn.Module] = frozenset()
 
-    def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        forward: ForwardPass,
+        observe: Callable[[torch.nn.Module | None], Order],
+        root: torch.nn.Module | None = None,
+    ) -> None:
         self._forward = weakref.ref(forward)
-        self._observe: Callable[[], Order] | None = observe
+        self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
         self._body = getcurrent()
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
@@ -149,7 +157,9 @@ class Interleaver:
 
     # The model's side.
 
-    def _arrived(self, module: torch.nn.Module, kind: str, value: Any) -> tuple[Any] | None:
+    def _arrived(
+        self, module: torch.nn.Module, kind: str, value: Any, memory: Memory | None = None
+    ) -> tuple[Any] | None:
         if self._is_aside:
             return None
         clients = self._those_waiting(module, kind)
@@ -159,7 +169,7 @@ class Interleaver:
             return None
         first = self._waiting[clients[0]]
         outer, calls = self.event, self._calls
-        self.event = event = Event(module, kind, first.label, value, first.site, self._rows)
+        self.event = event = Event(module, kind, first.label, value, first.site, self._rows, memory)
         self._is_aside = True
         del value
         try:
@@ -216,7 +226,7 @@ class Interleaver:
             self._body.switch()
         finally:
             if guard is not None:
-                thread_state.leave(guard, now)
+                thread_state.leave(guard, self._model_state)
 
     def _step_begins(self) -> None:
         if self._is_aside or self._calls_under_way or getcurrent() is not self._forward():
@@ -288,13 +298,17 @@ class Interleaver:
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
+        if is_operation(asked.kind):
+            if asked.module in self._called and last is not None:
+                return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
+            return missing_operation(asked, last, self.hooks.operations_of(asked.module), self.order)
         if last is None and asked.step in (0, None) and not self._somebody_missed:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True
         if asked.module in self._called and last is not None:
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
-        order = ([], "") if self._observe is None else self._observe()
+        order = self.order()
         found = verdict(order, asked, last)
         if found == "running" and last is not None:
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
@@ -302,6 +316,26 @@ class Interleaver:
             label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
             return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
         return ModuleNotRunError(asked.label, asked.site, order[1])
+
+    def order(self, inside: torch.nn.Module | None = None) -> Order:
+        """The order of modules, and of the operations in ``inside``, found by a dry run; and a doubt, if any."""
+        return ([], "") if self._observe is None else self._observe(inside)
+
+    # What is needed to look inside a module that is half-way through its call.
+
+    def suspended_at(self) -> FrameType | None:
+        """Where the forward pass stands while the body has its turn."""
+        forward = self._forward()
+        return None if forward is None else forward.gr_frame
+
+    def put_under_model(self, mode: TorchFunctionMode) -> None:
+        """Let ``mode`` be on when the model has its turn again, beneath the modes that are on already."""
+        self._model_state = thread_state.with_function_mode(self._model_state, mode)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """The model's side: end the pass with ``error``, which the model cannot catch."""
+        self._failure = error
+        raise Unwind from error
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""
@@ -363,5 +397,6 @@ class Interleaver:
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._observe = None
         self.event = None
+        self._model_state = self._body_state
         # It holds a method of this object, which the collector alone could take apart.
         self.hooks.release()

@@ -26,7 +26,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
-from nnsight_core.envoy import Envoy, Names
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
     InputError,
@@ -41,6 +41,8 @@ from nnsight_core.passes import Call
 from nnsight_core.prompts import is_text, padded, token_rows, tokenizer_options
 from nnsight_core.renames import Rename
 from nnsight_core.tracer import Tracer
+from nnsight_core.tree import Names
+from nnsight_core.values import Pair
 
 #: What is made anew when prompts of several inputs are padded to one length.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -89,6 +91,7 @@ class LanguageModel(NNsight):
             tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
         super().__init__(module, rename, aliases)
         self.tokenizer = tokenizer
+        self._tree.example = _two_tokens
         self._longest_fit = 0
 
     def _is_input(self, kwargs: dict[str, Any]) -> bool:
@@ -178,6 +181,11 @@ class LanguageModel(NNsight):
             kwargs: any arguments of transformers' ``generate``.
         """
         module: Any = self._module
+        if not hasattr(module, "generate"):
+            raise InputError(
+                f"{type(module).__name__} has no method `generate`, so it cannot go on with a prompt by itself.\n"
+                "Trace it once for each token, or give the class transformers' GenerationMixin."
+            )
         options = invoker_options(invoker_args)
         generation = without_old_options(unwrap(kwargs), module.generate)
         prepare = partial(self._prepare_generation, *inputs, options=options, generation=generation)
@@ -194,11 +202,6 @@ class LanguageModel(NNsight):
         if "input_ids" in tokens:
             tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
         module: Any = self._module
-        if not hasattr(module, "generate"):
-            raise InputError(
-                f"{type(module).__name__} has no method `generate`, so it cannot go on with a prompt by itself.\n"
-                "Trace it once for each token, or give the class transformers' GenerationMixin."
-            )
         run = partial(module.generate, **generation)
         return replace(call, function=run, kwargs=tokens, runs_repeatedly=True)
 
@@ -307,6 +310,13 @@ def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
 def _parameters(forward: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a class's forward; asked for at every trace, and slow to find."""
     return inspect.signature(forward).parameters
+
+
+def _two_tokens(module: torch.nn.Module) -> Pair:
+    """The smallest call that shows how the model works on a prompt."""
+    device = next((each.device for each in module.parameters()), torch.device("cpu"))
+    ids = torch.tensor([[1, 2]], device=device)
+    return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nnsight_core.asked import Asked
@@ -9,6 +11,8 @@ from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.hooked_calls import given_before
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.joining import join_running_call
+from nnsight_core.operations import is_operation
 from nnsight_core.rows import Rows
 
 
@@ -43,6 +47,8 @@ class LiveClient:
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
         interleaver.check_thread()
+        if is_operation(asked.kind):
+            join_running_call(interleaver, asked, self.last_read)
         interleaver.wait(self, asked)
         interleaver.give_turn()
         answer, self._answer = self._answer, None
@@ -56,6 +62,10 @@ class LiveClient:
     def keeps(self, module: torch.nn.Module, kind: str) -> bool:
         """Whether it may yet ask for what a call gives: nobody knows what a body does next."""
         return True
+
+    def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
+        """Operations inside ``module`` are going to be asked for."""
+        self._interleaver.hooks.announce(module, ancestors)
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""

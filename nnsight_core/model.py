@@ -12,13 +12,14 @@ from nnsight_core.arguments import apply, unwrap
 from nnsight_core.batching import joined
 from nnsight_core.editor import Editor, EditPart, EditSteps
 from nnsight_core.edits import Edits
-from nnsight_core.envoy import Envoy, Names, Tree, annotations_of
+from nnsight_core.envoy import Envoy, annotations_of
 from nnsight_core.errors import InputError, MissingInputError
 from nnsight_core.options import invoker_options, refuse_options, without_old_options
 from nnsight_core.passes import Call, Part, Result
 from nnsight_core.renames import Rename, check_aliases, plan_renames
 from nnsight_core.steps import Steps
 from nnsight_core.tracer import Tracer
+from nnsight_core.tree import Names, Tree
 from nnsight_core.values import NoTensorError, first_tensor
 
 

@@ -13,7 +13,6 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
-from nnsight_core.envoy import Tree
 from nnsight_core.errors import StepNotRunError
 from nnsight_core.events import Event, Origin
 from nnsight_core.forward_pass import ForwardPass
@@ -21,12 +20,14 @@ from nnsight_core.gradients import GradientTape
 from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.live import LiveClient
-from nnsight_core.order import observed_order
+from nnsight_core.operations import is_operation
+from nnsight_core.order import observed_operations, observed_order
 from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
+from nnsight_core.tree import Tree
 
 
 @dataclass(slots=True)
@@ -93,6 +94,7 @@ class Part:
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
         self.scope.give_inputs({} if call is None else call.inputs)
+        self._batch = call
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -173,10 +175,13 @@ class Part:
 
     def proxy(self, event: Event, view: View | None = None) -> Any:
         """The proxy of what ``event`` gives, cut to this body's rows, or of the part that ``view`` shows."""
+        if event.memory is not None:
+            whole = self._inside(event)
+            return whole if view is None else whole.as_part(*view)
         if view is not None:
             return self._part(event, *view)
         # A call that a body made on its own rows holds no others.
-        is_call, rows = event.kind != "output", self.rows if event.rows is None else None
+        is_call, rows = event.is_call, self.rows if event.rows is None else None
         if rows is None:
             return self.scope.proxy(event.value, event, is_call, event.site)
         part = rows.take(event.value)
@@ -184,6 +189,32 @@ class Part:
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             event.write(rows.put(event.value, part))
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
+
+    def _inside(self, event: Event) -> Any:
+        """The proxy of what an operation inside a module is called with, or gives."""
+        # A call that a body made on its own rows holds no others.
+        rows = None if self.rows is None or event.rows is not None else self.rows.strictly()
+        value = event.value if rows is None else rows.take(event.value)
+        # What others hold has to stay in their memory.
+        can_move = event.is_call or event.memory == "own"
+        if rows is not None and can_move and torch.is_grad_enabled() and self._wants_gradients():
+            event.write(rows.put(event.value, value))
+        if event.memory != "own":
+            value = self.scope.copied(value)
+        return self.scope.proxy(value, event if rows is None else event.origin(rows), event.is_call, event.site)
+
+    def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
+        """Operations inside ``module`` are going to be asked for."""
+        if self.live is not None:
+            self.live.announce(module, ancestors)
+
+    def operations(self, module: torch.nn.Module) -> list[tuple[str, Site]] | None:
+        """The operations that ``module`` calls on this body's input, with their lines; None if it is not called."""
+        if self._batch is None and self.tape is not None:
+            # A body that sees the whole batch, which has to be put together first.
+            self.tape.force()
+        assert self._batch is not None
+        return observed_operations(self.root, self._batch.args, self._batch.kwargs, module)
 
     def _part(self, event: Event, get: Callable[[Any, Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         if self.rows is not None:
@@ -198,6 +229,7 @@ class Part:
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
+        self._batch = batch
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
@@ -249,6 +281,9 @@ class Pass:
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:
+                for asked in part.tape.questions:
+                    if is_operation(asked.kind):
+                        self.interleaver.hooks.announce(asked.module, asked.ancestors)
                 client = TapeClient(part.tape, self.interleaver, part.proxy, part.rows)
                 self._clients[part.tape] = self._by_part[part] = client
                 part.scope.run_hooked = partial(call_hooked, self.interleaver, client)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from nnsight_core.values import is_dataclass_value, with_attribute, with_entry
+from nnsight_core.errors import RowsError
+from nnsight_core.sites import user_site
+from nnsight_core.values import is_dataclass_value, like_tuple, with_attribute, with_entry
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,37 @@ class Rows:
             return changed
         return _rebuilt(value, self.put, part)
 
+    def strictly(self) -> StrictRows:
+        """The same rows of values of any form, where they can be told for sure."""
+        return StrictRows(self.start, self.size, self.total, self.multiples)
+
+
+class StrictRows(Rows):
+    """Rows of the values inside a module: heads, tables, weights and masks are among them, and a first axis may be
+    anything. What cannot be told for sure is an error.
+
+    A first axis as long as the batch is the batch; one of batch * positions is both. Parameters and their views, single
+    numbers, first axes of length 1, and lists whose length the batch does not divide belong to all inputs alike, and
+    then cannot be set for one of them.
+    """
+
+    def _range(self, tensor: torch.Tensor) -> slice | None:
+        is_parameter = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
+        if is_parameter or tensor.ndim == 0 or tensor.shape[0] == 1:
+            return None
+        each, rest = divmod(tensor.shape[0], self.total)
+        if not rest and (each == 1 or each in (self.multiples or ())):
+            return slice(self.start * each, (self.start + self.size) * each)
+        if tensor.ndim == 1 and rest:
+            return None
+        raise RowsError(tuple(tensor.shape), self.total, user_site())
+
+    def put(self, value: Any, part: Any) -> Any:
+        """``value`` with ``part`` in the place of these rows."""
+        if isinstance(value, torch.Tensor) and part is not value and self._range(value) is None:
+            raise RowsError(tuple(value.shape), self.total, user_site(), setting=True)
+        return super().put(value, part)
+
 
 def _rebuilt(value: Any, change: Any, other: Any) -> Any:
     """``value`` with ``change(entry, entry of other)`` for each of its entries; all else as it is."""
@@ -70,9 +103,7 @@ def _rebuilt(value: Any, change: Any, other: Any) -> Any:
 
     if isinstance(value, (tuple, list)):
         entries = [change(entry, beside(index)) for index, entry in enumerate(value)]
-        if hasattr(value, "_fields"):
-            return type(value)(*entries)
-        return type(value)(entries) if type(value) in (tuple, list) else entries
+        return like_tuple(value, entries) if isinstance(value, tuple) else entries
     if is_dataclass_value(value):
         for field in fields(value):
             entry = getattr(value, field.name)

@@ -16,7 +16,7 @@ from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import Site, user_site
-from nnsight_core.values import first_argument
+from nnsight_core.values import first_argument, map_tensors
 
 _set = object.__setattr__
 _EMPTY = torch.empty(0)
@@ -100,6 +100,7 @@ class Scope:
         "_inputs",
         "_limit",
         "_made",
+        "_originals",
         "_rows",
         "gradient_tape",
         "is_cut",
@@ -118,6 +119,8 @@ class Scope:
         #: Makes what records gradients; they are recorded by something that itself knows scopes.
         self.gradient_tape: Callable[[Scope], Any] | None = None
         self._gradients: Any = None
+        #: The tensors of the model that copies were made of, by the id of the copy, with the copy.
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._inputs: Mapping[str, Any] = _NO_INPUTS
         self._rows: Rows | None = None
         #: How many padding tokens stand left of each prompt; how long the padded prompts are.
@@ -178,6 +181,24 @@ class Scope:
             self._limit = max(4096, 2 * len(self._made))
         return made  # type: ignore[no-any-return]
 
+    def copied(self, value: Any) -> Any:
+        """``value`` with copies of its tensors, which the model cannot change. Their gradients are the originals'."""
+        originals = self._originals = self._originals or {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, torch.nn.Parameter):
+                return tensor
+            made = tensor.clone()
+            if tensor.requires_grad:
+                originals[id(made)] = tensor, made
+            return made
+
+        return map_tensors(copy, value)
+
+    def original(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's own tensor, if ``tensor`` is a copy that was made of it."""
+        return tensor if self._originals is None else self._originals.get(id(tensor), (tensor,))[0]
+
     @property
     def gradients(self) -> Any:
         """What records gradients in this scope."""
@@ -207,6 +228,7 @@ class Scope:
         self.open = False
         self._inputs, self._rows = _NO_INPUTS, None
         self.tape = self.run_hooked = None
+        self._originals = None
         if self._gradients is not None:
             self._gradients.drop()
             self._gradients = None

@@ -62,6 +62,12 @@ def _is_library_frame(frame: FrameType) -> bool:
     return found
 
 
+def is_library(frame: FrameType) -> bool:
+    """Whether the code of ``frame`` is a library's, and so never the line that a reader wants to see."""
+    known = _is_library.get(frame.f_code.co_filename)
+    return _is_library_frame(frame) if known is None else known
+
+
 class _Recorded(threading.local):
     site: Site | None = None
 

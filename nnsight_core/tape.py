@@ -150,10 +150,15 @@ class Tape:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Proxy:
-        result = self.scope.pending(self, is_call=asked is not None and asked.kind != "output")
+        result = self.scope.pending(self, is_call=asked is not None and asked.is_call)
         site = asked.site if asked else user_site()
         self.instructions.append(Instruction(asked, function, args, kwargs, result, site))
         return result
+
+    @property
+    def questions(self) -> list[Asked]:
+        """All that the model is asked for."""
+        return [step.asked for step in self.instructions if step.asked is not None]
 
     def force(self) -> None:
         """Python looks at a pending value: let it arrive."""

@@ -51,6 +51,16 @@ def snapshot() -> State:
     )
 
 
+def with_function_mode(state: State, mode: Any) -> State:
+    """``state`` with ``mode`` beneath all of its function modes: blocks that are under way take off the highest.
+
+    A default device is to be found lowest of all by whoever takes it off.
+    """
+    modes, device, context = state[3] or _NO_FUNCTION_MODES
+    lowest = 0 if device is None else 1
+    return (*state[:3], ((*modes[:lowest], mode, *modes[lowest:]), device, context), *state[4:])
+
+
 def _set_autocast(state: tuple[Any, ...] | None) -> None:
     if state is None:
         for device in torch._C._autocast_supported_devices():

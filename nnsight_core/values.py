@@ -44,7 +44,18 @@ def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, .
     """
     entries = list(container)
     entries[index] = fitting(entries[index], item)
-    return type(container)(*entries) if hasattr(container, "_fields") else tuple(entries)
+    return like_tuple(container, entries)
+
+
+def like_tuple(container: tuple[Any, ...], entries: list[Any]) -> tuple[Any, ...]:
+    """A tuple of ``entries`` of the kind that ``container`` is: plain, named, or torch's pair of values and indices.
+
+    >>> like_tuple(torch.ones(2).max(0), [1, 0]).values
+    1
+    """
+    if hasattr(container, "_fields"):
+        return type(container)(*entries)
+    return type(container)(entries) if hasattr(container, "n_sequence_fields") else tuple(entries)
 
 
 def with_entry(container: Any, key: Any, entry: Any) -> Any:
@@ -75,6 +86,8 @@ def with_attribute(owner: Any, name: str, value: Any) -> Any:
         raise _no_attribute(owner, name)
     if hasattr(owner, "_fields") and name in owner._fields:
         return owner._replace(**{name: fitting(getattr(owner, name), value)})
+    if hasattr(owner, "n_sequence_fields") and name in owner.__match_args__:
+        return with_item(owner, owner.__match_args__.index(name), value)
     value = fitting(getattr(owner, name, None), value)
     if not is_dataclass_value(owner):
         setattr(owner, name, value)

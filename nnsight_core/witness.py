@@ -1,10 +1,14 @@
-"""In which order a model ran its modules, found out once something has gone wrong."""
+"""In which order a model ran its modules, and what is wrong when a value does not come."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from nnsight_core.asked import Asked
+from nnsight_core.errors import ModuleNotRunError, NNsightError, NoSuchOperationError, OutOfOrderError
+from nnsight_core.operations import is_operation, operation_of
 
 #: Which modules are entered and left, in order, and what stands in the way of being sure.
 Order = tuple[list[tuple[torch.nn.Module, str]], str]
@@ -24,3 +28,26 @@ def verdict(order: Order, asked: Asked, last: Asked | None) -> str:
     here = seen.index((last.module, last.kind))
     runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
     return "running" if runs else "before"
+
+
+def missing_operation(
+    asked: Asked, last: Asked | None, ran: list[str] | None, look: Callable[[torch.nn.Module], Order]
+) -> NNsightError:
+    """Why the value of an operation did not come.
+
+    Args:
+        asked: what was asked for.
+        last: the last value that was there.
+        ran: the operations that its module called; None if nobody has counted them.
+        look: finds them out.
+    """
+    if ran is None:
+        seen, doubt = look(asked.module)
+        kinds = [kind for module, kind in seen if module is asked.module]
+        if doubt or not kinds:
+            return ModuleNotRunError(asked.label, asked.site, doubt)
+        ran = [operation_of(kind) for kind in kinds if is_operation(kind)]
+    if operation_of(asked.kind) not in ran:
+        return NoSuchOperationError(operation_of(asked.kind), asked.label.rsplit(".", 2)[0], ran, asked.site)
+    label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
+    return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
