@@ -8,6 +8,7 @@
     │   └── TraceStoppedError    a value was asked for after tracer.stop()
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── GradientError            a gradient that is not there, or cannot be
+    ├── RecomputedError          a change that gradient checkpointing would not make again
     ├── NoTraceError             a value was asked for outside a trace
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── ReleasedValueError       a value that was not saved was used after its trace
@@ -143,6 +144,17 @@ class GradientError(NNsightError):
             "    with loss.backward():\n        gradient = hidden.grad.save()\n"
             "The value must be on the way to the loss and require a gradient. Under torch.no_grad() none does; in a\n"
             "model of frozen parameters, call hidden.requires_grad_() where you read it, before you ask for more."
+        )
+
+
+class RecomputedError(NNsightError):
+    """A value was changed that gradient checkpointing computes a second time, without the change."""
+
+    def __init__(self, label: str, site: Site) -> None:
+        super().__init__(
+            f"{label} was changed inside a checkpointed module.\n{_table([('changed', label, site)])}\n"
+            "The backward pass would compute it again, as it was, and give wrong gradients.\n"
+            "Turn checkpointing off, or trace under torch.no_grad() if you want no gradients."
         )
 
 

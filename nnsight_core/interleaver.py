@@ -22,13 +22,14 @@ from nnsight_core.errors import (
     ModuleNotRunError,
     NNsightError,
     OutOfOrderError,
+    RecomputedError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
 )
 from nnsight_core.events import Event
 from nnsight_core.hooks import HookBoard, PlainCalls
-from nnsight_core.sites import Site, user_site
+from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 
 #: Called with a module, "input" or "output", and the value.
 Observer = Callable[[torch.nn.Module, str, Any], None]
@@ -200,6 +201,9 @@ class Interleaver:
             if not waits and (module, kind) not in self._observers:
                 self.hooks.unwatch(module, kind)
         self._observed(module, kind, event.value)
+        if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
+            self._failure = RecomputedError(event.label, event.site)
+            raise _Unwind from self._failure
         changed = (event.value,) if event.replaced else None
         event.value = None
         return changed

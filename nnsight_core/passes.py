@@ -14,7 +14,7 @@ from nnsight_core.asked import Asked
 from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
 from nnsight_core.events import Event
-from nnsight_core.gradients import GradientTape
+from nnsight_core.gradients import Backwards, wants_gradients
 from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
@@ -59,17 +59,20 @@ class Part:
     Args:
         root: the model.
         call: its input, prepared; None for a body that sees the whole batch.
+        backwards: the backward passes of the trace.
     """
 
-    def __init__(self, root: torch.nn.Module, call: Call | None) -> None:
+    def __init__(self, root: torch.nn.Module, call: Call | None, backwards: Backwards) -> None:
         self.root = root
         self.call = call
         self.scope = Scope()
-        self.scope.gradient_tape = GradientTape
+        self.scope.gradient_tape = backwards.tape
         self.scope.inputs = {} if call is None else call.kwargs
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
+        #: Somebody in the pass asks for gradients of values.
+        self.wants_gradients = True
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] = {}
@@ -103,15 +106,12 @@ class Part:
     def proxy(self, event: Event) -> Proxy:
         """The proxy of what ``event`` gives, cut to this body's rows."""
         origin = event.origin(self.rows)
-        if self.rows is not None and self._wants_gradients() and torch.is_grad_enabled():
+        if self.rows is not None and self.wants_gradients and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             cut = self.rows.take(event.value)
             event.put(self.rows.put(event.value, cut))
             return self.scope.proxy(cut, origin, is_call=event.kind != "output")
         return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
-
-    def _wants_gradients(self) -> bool:
-        return self.tape is None or self.tape.mentions("grad")
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
@@ -150,7 +150,9 @@ class Pass:
 
     def start(self, live: Part | None) -> None:
         """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
+        wanted = live is not None or any(part.tape is not None and wants_gradients(part.tape) for part in self.parts)
         for part in self.parts:
+            part.wants_gradients = wanted
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:

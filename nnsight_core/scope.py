@@ -38,6 +38,15 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
         """Of a pair of values and indices, as ``topk`` gives it, the indices."""
         return self.__getattr__("indices")
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's, but the caller's and the model's own tensors stay as they are."""
+        value = None if self._is_pending else self._plain()
+        if not requires_grad or value is None or value.requires_grad or self._place() is None:
+            return self._call_method("requires_grad_", requires_grad)
+        # A leaf in the same memory: the tensor itself may be the script's input, or a frozen parameter.
+        self._put(value.detach().requires_grad_())
+        return self
+
     def _adopt(self, value: Any) -> None:
         _set(self, "_value", value)
         inner = self._plain()

@@ -6,8 +6,10 @@ would have done, by way of the same proxies.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -142,9 +144,24 @@ class Tape:
         if recorder is not None:
             recorder.force(self)
 
-    def mentions(self, name: str) -> bool:
-        """Whether a step reads or sets the attribute ``name`` of a value."""
-        return any(type(arg) is str and arg == name for step in self.instructions for arg in step.args)
+
+_turns = threading.local()
+
+
+def acting() -> TapeClient | None:
+    """The recorded body whose steps are being taken; None while a body runs where it stands."""
+    client: TapeClient | None = getattr(_turns, "client", None)
+    return client
+
+
+@contextmanager
+def _turn_of(client: TapeClient) -> Iterator[None]:
+    before = acting()
+    _turns.client = client
+    try:
+        yield
+    finally:
+        _turns.client = before
 
 
 class NotThereYet(Exception):
@@ -222,7 +239,8 @@ class TapeClient:
                 self._wait_for(missing.proxy)
                 return
             try:
-                step.take(args, kwargs)
+                with _turn_of(self):
+                    step.take(args, kwargs)
             except OrderError:
                 if not self.was_blocked:
                     raise

@@ -14,6 +14,7 @@ from nnsight_core.cache import Cache, CacheOptions
 from nnsight_core.current import closed, opened
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
+from nnsight_core.gradients import Backwards
 from nnsight_core.passes import Call, Part, Pass
 from nnsight_core.rows import rows_of
 from nnsight_core.sites import user_frame, user_site
@@ -52,6 +53,7 @@ class Tracer:
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
         self._current: Part | None = None
+        self._backwards = Backwards()
         #: How often the model has been run.
         self.forward_passes = 0
 
@@ -63,7 +65,7 @@ class Tracer:
         self._entered = True
         if self._has_input:
             try:
-                part = Part(self._root, self._prepare())
+                part = Part(self._root, self._prepare(), self._backwards)
                 self._begin(part)
                 self._start_pass(part)
             except BaseException:
@@ -178,7 +180,7 @@ class Tracer:
         if self._current is not None:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
         assert self._prepare is not None
-        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
+        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None, self._backwards)
         part.record(self)
         self._begin(part)
 
