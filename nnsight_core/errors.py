@@ -16,6 +16,7 @@
     └── InputError
         ├── MissingInputError    a trace without anything to run on
         ├── EmptyPromptError     a prompt without a token
+        ├── PaddingError         prompts of different lengths for a model that cannot be padded
         ├── PromptTooLongError   a prompt beyond the model's context length
         └── ModelNotFoundError   a name or folder that holds no model
 
@@ -231,6 +232,17 @@ class EmptyPromptError(InputError):
         if count == 0:
             which = "The list of prompts is empty"
         super().__init__(f"{which}: there is no token to run the model on.\nGive at least one token of text.")
+
+
+class PaddingError(InputError):
+    """Prompts of different lengths were put into one batch, and the model lets padding change their numbers."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model} gives other numbers to a prompt that is padded on the left than to the prompt alone: it counts\n"
+            "the padding as positions, or lets it run through its state. So prompts of different lengths cannot share\n"
+            "a batch. Give prompts with the same number of tokens, or trace them one after the other."
+        )
 
 
 class PromptTooLongError(InputError):

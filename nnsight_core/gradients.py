@@ -17,7 +17,7 @@ import torch
 from nnsight_core.arguments import unwrap
 from nnsight_core.errors import GradientError
 from nnsight_core.events import Event
-from nnsight_core.hooks import on_gradient
+from nnsight_core.hooks import NAMES_OF_GRADIENTS, on_gradient
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope, arrive
 from nnsight_core.sites import user_frame, user_site
@@ -211,15 +211,13 @@ class _NoBlock:
         return None
 
 
-#: What one asks of a value for the sake of its gradient.
-_OF_GRADIENTS = frozenset({"grad", "retain_grad", "register_hook"})
 _FUNCTIONS = frozenset({torch.autograd.grad, torch.autograd.backward})
 
 
 def wants_gradients(tape: Tape) -> bool:
     """Whether a step of a recorded body speaks of gradients of values."""
     for step in tape.instructions:
-        if step.function in _FUNCTIONS or any(type(arg) is str and arg in _OF_GRADIENTS for arg in step.args):
+        if step.function in _FUNCTIONS or any(type(arg) is str and arg in NAMES_OF_GRADIENTS for arg in step.args):
             return True
     return False
 

@@ -7,11 +7,13 @@ for themselves; a module that nobody asked for costs nothing.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -157,6 +159,10 @@ class Gate:
                 else:
                     self._module.__dict__["forward"] = self.own
 
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        module = copy.deepcopy(self._module, known)
+        return MethodType(type(module).forward, module) if self.own is None else copy.deepcopy(self.own, known)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for board in list(self._boards):
             changed = board.at_gate(self._module, args, kwargs)
@@ -258,12 +264,25 @@ def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Modu
             handle.remove()
 
 
+#: What one asks of a value for the sake of its gradient.
+NAMES_OF_GRADIENTS = frozenset({"grad", "retain_grad", "register_hook"})
+
+
 def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
     """Call ``arrived`` with the gradient of ``tensor`` in the next backward pass; ``.remove()`` takes it back."""
     return tensor.register_hook(arrived)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def copied_without_hooks(root: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+    """A copy of ``root`` without hooks and gates; ``known`` are the copies of what is not to be copied, by id."""
+    for module in root.modules():
+        for name in _HOOKS:
+            hooks = module.__dict__[name]
+            known[id(hooks)] = type(hooks)()
+    return copy.deepcopy(root, known)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ ORDER = (
     "nnterp/demo_models/__init__.py",
     "nnsight_core/__init__.py",
     "nnsight_core/language_model.py",
+    "nnsight_core/padding.py",
     "nnsight_core/model.py",
     "nnsight_core/tracer.py",
     "nnsight_core/steps.py",
