@@ -113,6 +113,9 @@ class Envoy:
         return envoy
 
     def __getattr__(self, name: str) -> Any:
+        if "_children" not in self.__dict__ or name.startswith("__"):
+            # A copy asks while it is still empty.
+            raise AttributeError(name)
         module = self.__dict__["_module"]
         names = self.__dict__["_names"]
         if names and name in names:
@@ -120,8 +123,6 @@ class Envoy:
         child = module._modules.get(name)
         if child is not None:
             return self._child(name, child)
-        if name.startswith("__"):
-            raise AttributeError(name)
         try:
             return getattr(module, name)
         except AttributeError:

@@ -49,12 +49,18 @@ class HookBoard:
         self._waiting: dict[tuple[int, str], RemovableHandle] = {}
         self._followed: list[RemovableHandle] = []
         self._gates: dict[int, Gate] = {}
+        self._runs_eagerly = False
+        self._begins: Callable[[], Any] = _nobody
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module`` until :meth:`unwatch`, whose call stands inside calls of ``ancestors``."""
         for ancestor in ancestors:
             if id(ancestor) not in self._armed:
                 self._armed[id(ancestor)] = ancestor.register_forward_hook(_keeps_hooks_running)
+                if is_compiled(ancestor):
+                    self._run_eagerly()
+        if module._compiled_call_impl is not None:
+            self._run_eagerly()
         key = (id(module), kind)
         if key in self._waiting:
             return
@@ -68,6 +74,12 @@ class HookBoard:
             if kind == "input":
                 self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
 
+    def _run_eagerly(self) -> None:
+        """What torch has compiled as a whole shows nothing of its inside, so this pass runs the modules themselves."""
+        if not self._runs_eagerly:
+            self._runs_eagerly = True
+            Eager.begin()
+
     def _hold_gate(self, module: torch.nn.Module) -> None:
         if id(module) not in self._gates and not isinstance(module, torch.jit.ScriptModule):
             self._gates[id(module)] = Gate.hold(module, self)
@@ -78,8 +90,15 @@ class HookBoard:
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
-        handle = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
-        self._followed.append(handle)
+        self._begins = begins
+        self._followed.append(module.register_forward_pre_hook(self._on_begin, prepend=True))
+
+    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
+        self._begins()
+
+    def __reduce__(self) -> Any:
+        # A copy of the model that is made, or written to a file, meanwhile has nothing to do with this pass.
+        return _nobodys_board, ()
 
     def unwatch(self, module: torch.nn.Module, kind: str) -> None:
         """Nobody waits for it any more."""
@@ -103,18 +122,57 @@ class HookBoard:
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
-        self._is_ours, self._deliver = _nobody, _nothing
+        self._is_ours, self._deliver, self._begins = _nobody, _nothing, _nobody
 
     def clear(self) -> None:
         """Remove every hook."""
         for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
             handle.remove()
         self._followed.clear()
+        if self._runs_eagerly:
+            self._runs_eagerly = False
+            Eager.end()
         for gate in self._gates.values():
             gate.let_go(self)
         self._gates.clear()
         self._waiting.clear()
         self._armed.clear()
+
+
+def _nobodys_board() -> HookBoard:
+    return HookBoard(_nobody, _nothing)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of ``module`` run as torch has compiled them, modules inside and all."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+class Eager:
+    """Passes that need to see inside compiled modules are counted: while there are any, no compiled code is used."""
+
+    _lock = threading.Lock()
+    _count = 0
+    _stance: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        """One more pass needs it."""
+        with cls._lock:
+            # Before torch 2.6 there is no such switch; what is inside does not come then, and that is an error.
+            if cls._count == 0 and hasattr(torch.compiler, "set_stance"):
+                cls._stance = torch.compiler.set_stance("force_eager")
+                cls._stance.__enter__()
+            cls._count += 1
+
+    @classmethod
+    def end(cls) -> None:
+        """One pass fewer needs it."""
+        with cls._lock:
+            cls._count -= 1
+            if cls._count == 0 and cls._stance is not None:
+                stance, cls._stance = cls._stance, None
+                stance.__exit__(None, None, None)
 
 
 class Gate:
@@ -158,6 +216,9 @@ class Gate:
                     del self._module.__dict__["forward"]
                 else:
                     self._module.__dict__["forward"] = self.own
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "forward") if self.own is None else (self.own, "__call__")
 
     def __deepcopy__(self, known: dict[int, Any]) -> Any:
         module = copy.deepcopy(self._module, known)

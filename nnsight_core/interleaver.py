@@ -158,7 +158,8 @@ class Interleaver:
 
     def _matches(self, asked: Asked | None, module: torch.nn.Module, kind: str) -> bool:
         while asked is not None:
-            in_time = asked.step is None or not self._counts_steps or asked.step == self.step
+            # What runs before the model's first run, an encoder in a generation, belongs to it.
+            in_time = asked.step is None or not self._counts_steps or asked.step == (self.step or 0)
             if in_time and asked.module is module and asked.kind == kind:
                 return True
             asked = asked.otherwise
