@@ -130,7 +130,9 @@ class Cache:
         def record(module: torch.nn.Module, kind: str, value: Any) -> None:
             path = paths[module]
             entry = self._entries.setdefault(path, CacheEntry(path or "model", always_list=in_steps))
-            entry.calls[kind].append(map_tensors(self._options.kept, value if rows is None else rows.take(value)))
+            entry.calls[kind].append(
+                map_tensors(self._options.kept, value if rows is None else rows.take(value, (module, kind, ())))
+            )
 
         return record
 

@@ -10,6 +10,7 @@
     ├── GradientError            a gradient that is not there, or cannot be
     ├── RecomputedError          a change that gradient checkpointing would not make again
     ├── NoTraceError             a value was asked for outside a trace
+    ├── RowsError                a value whose rows cannot be told apart among the inputs of a batch
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── ReleasedValueError       a value that was not saved was used after its trace
     ├── NoSuchModuleError        a name that is not in the module tree
@@ -191,6 +192,17 @@ class RecordingError(NNsightError):
             f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
             "In an invoke, values arrive when all inputs are there. Look at the value first, value.value: then the\n"
             "body goes on with the value itself."
+        )
+
+
+class RowsError(NNsightError):
+    """An invoke asked for, or changed, what cannot be divided among the inputs of its batch."""
+
+    def __init__(self, what: str, site: Site) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
+            "Work on it in an invoke without input, which sees the whole batch, or in a trace of this input alone."
         )
 
 

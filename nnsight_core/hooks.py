@@ -290,7 +290,7 @@ class PlainCalls:
 @contextmanager
 def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
     """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
-    with _observing(modules, lambda module, kind, value: seen.append((module, kind))):
+    with noting(modules, lambda module, kind, value: seen.append((module, kind))):
         yield
 
 
@@ -302,12 +302,14 @@ def collecting(modules: Iterable[torch.nn.Module], kept: dict[tuple[torch.nn.Mod
         if (module, kind) not in kept:
             kept[module, kind] = map_tensors(lambda tensor: tensor.detach().clone(), value)
 
-    with _observing(modules, keep):
+    with noting(modules, keep):
         yield
 
 
 @contextmanager
-def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+def noting(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """While it lasts, ``note(module, "input" or "output", value)`` is called at every call of ``modules``."""
+
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         note(module, "input", (args, kwargs))
 

@@ -13,6 +13,7 @@ import torch
 from nnsight_core.asked import Asked
 from nnsight_core.cache import Cache
 from nnsight_core.envoy import Tree
+from nnsight_core.errors import RowsError
 from nnsight_core.events import Event
 from nnsight_core.gradients import Backwards, wants_gradients
 from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
@@ -105,11 +106,19 @@ class Part:
 
     def proxy(self, event: Event) -> Proxy:
         """The proxy of what ``event`` gives, cut to this body's rows."""
+        try:
+            return self._cut_proxy(event)
+        except RowsError as error:
+            # The model is at work here; the line that asked is the user's.
+            raise RowsError(error.what, event.site) from None
+
+    def _cut_proxy(self, event: Event) -> Proxy:
         origin = event.origin(self.rows)
         if self.rows is not None and self.wants_gradients and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
-            cut = self.rows.take(event.value)
-            event.put(self.rows.put(event.value, cut))
+            place = (event.module, event.kind, ())
+            cut = self.rows.take(event.value, place)
+            event.put(self.rows.put(event.value, cut, place))
             return self.scope.proxy(cut, origin, is_call=event.kind != "output")
         return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
 
@@ -118,7 +127,9 @@ class Part:
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.inputs = batch.kwargs if self.rows is None else self.rows.take(batch.kwargs)
+        self.scope.inputs = (
+            batch.kwargs if self.rows is None else self.rows.take(batch.kwargs, (self.root, "input", (1,)))
+        )
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]

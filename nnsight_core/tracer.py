@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nnsight_core.arguments import save
+from nnsight_core.batch_axes import BatchAxes
 from nnsight_core.cache import Cache, CacheOptions
 from nnsight_core.current import closed, opened
 from nnsight_core.envoy import Envoy
@@ -86,8 +87,9 @@ class Tracer:
             raise MissingInputError(alone=True)
         batch, sizes = (calls[0], [1]) if len(calls) == 1 else self._combine(calls)
         # With beams, one prompt makes any number of rows.
-        flattened = None if batch.runs_repeatedly or not batch.prompt_length else (batch.prompt_length,)
-        rows = iter(rows_of(sizes, flattened))
+        flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
+        axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
+        rows = iter(rows_of(sizes, flattened, axes))
         for part in parts:
             part.place(None if part.call is None else next(rows), batch)
         self._run(batch, parts, live)
