@@ -3,6 +3,7 @@
 from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CallsNotCountedError,
     EmptyPromptError,
     GradientError,
     InputError,
@@ -31,6 +32,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CallsNotCountedError",
     "EmptyPromptError",
     "Envoy",
     "GradientError",

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.sites import Site
@@ -24,9 +25,10 @@ class Asked:
         step: the run of the model in which it is wanted, counted from 0; None if it belongs to no run in particular.
         otherwise: something else that would do as well, whichever comes first.
         setting: it is asked for to be set.
+        call: which call of the module, counted from 0, and what counts them; None for the next that comes.
     """
 
-    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step")
+    __slots__ = ("ancestors", "call", "kind", "label", "module", "otherwise", "setting", "site", "step")
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Asked:
         step: int | None = None,
         otherwise: Asked | None = None,
         setting: bool = False,
+        call: tuple[int, CallCounter] | None = None,
     ) -> None:
         self.module = module
         self.kind = kind
@@ -47,6 +50,12 @@ class Asked:
         self.step = step
         self.otherwise = otherwise
         self.setting = setting
+        self.call = call
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether the call asked for, if it was asked for by number, is the last that has begun."""
+        return self.call is None or self.call[1].now == self.call[0]
 
 
 class Client(Protocol):

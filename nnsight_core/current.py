@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from nnsight_core.asked import Asked
+from nnsight_core.counting import CallCounter
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
@@ -37,6 +38,9 @@ class OpenTrace(Protocol):
 
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
+
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """What counts the calls of the module that is ``asked`` for."""
 
     def ask(self, asked: Asked) -> Proxy:
         """The value asked for, present or pending."""

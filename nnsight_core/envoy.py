@@ -10,6 +10,7 @@ import torch
 
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked
+from nnsight_core.calls import Calls
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope
@@ -213,10 +214,11 @@ class Envoy:
         """
         return self._trace(asked).scope
 
-    def read(self, kind: str, label: str | None = None, setting: bool = False) -> Any:
+    def read(self, kind: str, label: str | None = None, setting: bool = False, call: int | None = None) -> Any:
         """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
 
-        ``label`` is how errors are to call it, and ``setting`` says that it is asked for to be set.
+        ``label`` is how errors are to call it, ``setting`` says that it is asked for to be set, and ``call`` which call
+        of the module it is to be, if not the next that comes.
 
         Raises:
             NoTraceError: no trace of the model is open here.
@@ -228,9 +230,11 @@ class Envoy:
         module = self._module
         step = None if self._is_result else trace.step_of(module)
         asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), step, setting=setting)
+        if call is not None:
+            asked.call = call, trace.counter_of(asked)
         return trace.ask(asked)
 
-    def write(self, kind: str, value: Any, label: str | None = None) -> None:
+    def write(self, kind: str, value: Any, label: str | None = None, call: int | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
 
         A plain number in the place of a tensor fills the tensor. For inputs, a pair ``(args, kwargs)`` replaces the
@@ -239,7 +243,7 @@ class Envoy:
         if value is None:
             name = label or f"{self._path or 'model'}.{kind}"
             raise ValueError(f"{name} cannot be set to None: torch takes a None from a hook for 'no change'.")
-        current = self.read(kind, label, setting=True)
+        current = self.read(kind, label, setting=True, call=call)
         # isinstance() would look at a pending value, and that starts the model.
         if kind == "input":
             current.set_call(value)
@@ -282,11 +286,32 @@ class Envoy:
         Raises:
             OutOfOrderError: the module has run already.
         """
-        label = f"{self._path or 'model'}.skip(...)"
+        self.skip_call(value, f"{self._path or 'model'}.skip(...)")
+
+    def skip_call(self, value: Any, label: str, call: int | None = None) -> None:
+        """:meth:`skip` for one call of several; ``label`` is how errors are to call it."""
         if self._trace(label).is_alone:
-            self.read("skip", label, setting=True).set_result(value)
+            self.read("skip", label, setting=True, call=call).set_result(value)
         else:
-            self.write("output", value, label)
+            self.write("output", value, label, call=call)
+
+    @property
+    def calls(self) -> Calls:
+        """The calls of a module that runs several times in a pass: ``module.calls[2].output``, counted from 0.
+
+        Without a number, ``module.output`` is the first call that the pass has not gone by. Numbers are counted from
+        the start of a pass, so ask for one before the first value of it, or keep ``calls = module.calls`` there.
+        """
+        return Calls(self).counted()
+
+    def count_calls(self, label: str) -> None:
+        """Count the calls of this module in the open trace; ``label`` is how errors are to call what needs it.
+
+        Raises:
+            CallsNotCountedError: the pass is under way already.
+        """
+        trace = self._trace(label)
+        trace.counter_of(Asked(self._module, "input", label, user_site(), ()))
 
     def next(self) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""

@@ -4,6 +4,7 @@
     ├── OrderError
     │   ├── OutOfOrderError      a value was asked for after the forward pass had gone by it
     │   ├── ModuleNotRunError    the module does not run in this pass at all
+    │   ├── CallsNotCountedError a call was asked for by number when the pass was under way
     │   ├── StepNotRunError      a generation step was asked for that did not come
     │   └── TraceStoppedError    a value was asked for after tracer.stop()
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
@@ -100,6 +101,18 @@ class ModuleNotRunError(OrderError):
             f"{asked} was asked for, but its module did not run in this forward pass.\n"
             f"{_table([('asked for', asked, asked_at)])}\n"
             "Check in print(model) that it is on the path that these inputs take." + (f"\n{rest}" if rest else "")
+        )
+
+
+class CallsNotCountedError(OrderError):
+    """A call of a module was asked for by its number, and nobody has counted the calls before."""
+
+    def __init__(self, asked: str, asked_at: Site) -> None:
+        name = asked.partition(".calls")[0]
+        super().__init__(
+            f"{asked} was asked for when the pass was under way, and the calls before had not been counted.\n"
+            f"{_table([('asked for', asked, asked_at)])}\n"
+            f"Write this at the start of the trace, before you ask for any value:\n    calls = model.{name}.calls"
         )
 
 

@@ -21,6 +21,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
+from nnsight_core.compiled import Eager, is_compiled
+from nnsight_core.counting import CallCounter
 from nnsight_core.values import map_tensors
 
 #: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
@@ -48,6 +50,7 @@ class HookBoard:
         self._armed: dict[int, RemovableHandle] = {}
         self._waiting: dict[tuple[int, str], RemovableHandle] = {}
         self._followed: list[RemovableHandle] = []
+        self._counters: list[CallCounter] = []
         self._gates: dict[int, Gate] = {}
         self._runs_eagerly = False
         self._begins: Callable[[], Any] = _nobody
@@ -93,6 +96,18 @@ class HookBoard:
         self._begins = begins
         self._followed.append(module.register_forward_pre_hook(self._on_begin, prepend=True))
 
+    def count(self, module: torch.nn.Module, counter: CallCounter) -> None:
+        """Let ``counter`` count the calls of ``module`` in this pass, before any value of a call is delivered."""
+        counter.reset()
+        self._counters.append(counter)
+        hook = Counting(self._is_ours, counter)
+        self._followed.append(module.register_forward_pre_hook(hook, prepend=True))
+
+    def reset_counters(self) -> None:
+        """The model runs once more in the same pass."""
+        for counter in self._counters:
+            counter.reset()
+
     def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
         self._begins()
 
@@ -129,6 +144,7 @@ class HookBoard:
         for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
             handle.remove()
         self._followed.clear()
+        self._counters.clear()
         if self._runs_eagerly:
             self._runs_eagerly = False
             Eager.end()
@@ -139,40 +155,23 @@ class HookBoard:
         self._armed.clear()
 
 
+class Counting:
+    """The hook that counts calls."""
+
+    def __init__(self, is_ours: Callable[[], bool], counter: CallCounter) -> None:
+        self._is_ours = is_ours
+        self._counter = counter
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self._is_ours():
+            self._counter.begins()
+
+    def __reduce__(self) -> Any:
+        return Counting, (_nobody, CallCounter())
+
+
 def _nobodys_board() -> HookBoard:
     return HookBoard(_nobody, _nothing)
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calls of ``module`` run as torch has compiled them, modules inside and all."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-class Eager:
-    """Passes that need to see inside compiled modules are counted: while there are any, no compiled code is used."""
-
-    _lock = threading.Lock()
-    _count = 0
-    _stance: Any = None
-
-    @classmethod
-    def begin(cls) -> None:
-        """One more pass needs it."""
-        with cls._lock:
-            # Before torch 2.6 there is no such switch; what is inside does not come then, and that is an error.
-            if cls._count == 0 and hasattr(torch.compiler, "set_stance"):
-                cls._stance = torch.compiler.set_stance("force_eager")
-                cls._stance.__enter__()
-            cls._count += 1
-
-    @classmethod
-    def end(cls) -> None:
-        """One pass fewer needs it."""
-        with cls._lock:
-            cls._count -= 1
-            if cls._count == 0 and cls._stance is not None:
-                stance, cls._stance = cls._stance, None
-                stance.__exit__(None, None, None)
 
 
 class Gate:

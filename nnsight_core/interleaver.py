@@ -18,7 +18,9 @@ from greenlet import getcurrent, greenlet
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import (
+    CallsNotCountedError,
     ModuleNotRunError,
     NNsightError,
     OutOfOrderError,
@@ -160,10 +162,24 @@ class Interleaver:
         while asked is not None:
             # What runs before the model's first run, an encoder in a generation, belongs to it.
             in_time = asked.step is None or not self._counts_steps or asked.step == (self.step or 0)
-            if in_time and asked.module is module and asked.kind == kind:
+            if asked.module is module and asked.kind == kind and in_time and asked.is_in_call:
                 return True
             asked = asked.otherwise
         return False
+
+    def count(self, module: torch.nn.Module, counter: CallCounter, asked: Asked) -> None:
+        """Let ``counter`` count the calls of ``module``.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and ``module`` may have been called already.
+        """
+        if self._has_begun():
+            raise CallsNotCountedError(asked.label, asked.site)
+        self.hooks.count(module, counter)
+
+    def _has_begun(self) -> bool:
+        forward = self._forward()
+        return forward is None or forward.dead or bool(forward)
 
     def give_up(self, client: Client) -> None:
         """``client`` does not wait any more."""
@@ -243,6 +259,7 @@ class Interleaver:
                     self._failure = error
                     raise _Unwind from error
         self.step = 0 if self.step is None else self.step + 1
+        self.hooks.reset_counters()
 
     # The body's side.
 
@@ -292,7 +309,10 @@ class Interleaver:
         if asked.step is not None and self._counts_steps and asked.step > (-1 if self.step is None else self.step):
             return StepNotRunError(asked.label, asked.site, asked.step, 0 if self.step is None else self.step + 1)
         last = client.last_read
-        if last is None and asked.step in (0, None) and not self._somebody_missed:
+        if asked.call is not None and asked.call[1].now < asked.call[0]:
+            times = asked.call[1].now + 1
+            return ModuleNotRunError(asked.label, asked.site, hint=f"It was called {times} times, counted from 0.")
+        if last is None and asked.call is None and asked.step in (0, None) and not self._somebody_missed:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nnsight_core.asked import Asked
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.interleaver import Interleaver
@@ -42,6 +43,14 @@ class LiveClient:
                 raise interleaver.missing(self, asked)
         self.last_read = asked
         return event
+
+    def count(self, counter: CallCounter, asked: Asked) -> None:
+        """Let ``counter`` count the calls of the module that is ``asked`` for.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and the module may have been called already.
+        """
+        self._interleaver.count(asked.module, counter, asked)
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""

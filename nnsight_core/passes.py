@@ -12,6 +12,7 @@ import torch
 
 from nnsight_core.asked import Asked
 from nnsight_core.cache import Cache
+from nnsight_core.counting import CallCounter
 from nnsight_core.envoy import Tree
 from nnsight_core.errors import RowsError
 from nnsight_core.events import Event
@@ -77,6 +78,8 @@ class Part:
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] = {}
+        #: What counts the calls of modules that were asked for by number.
+        self.counters: dict[torch.nn.Module, CallCounter] = {}
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -96,6 +99,20 @@ class Part:
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
         self._steps_of[module] = self.step_of(module) + 1
+
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """What counts the calls of the module that is ``asked`` for.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and the module may have been called already.
+        """
+        counter = self.counters.get(asked.module)
+        if counter is None:
+            counter = CallCounter()
+            if self.live is not None:
+                self.live.count(counter, asked)
+            self.counters[asked.module] = counter
+        return counter
 
     def ask(self, asked: Asked) -> Proxy:
         """The value asked for: present if this body runs live, else pending."""
@@ -164,6 +181,8 @@ class Pass:
         wanted = live is not None or any(part.tape is not None and wants_gradients(part.tape) for part in self.parts)
         for part in self.parts:
             part.wants_gradients = wanted
+            for module, counter in part.counters.items():
+                self.interleaver.hooks.count(module, counter)
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:
