@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from nnsight_core.envoy import Envoy
+
+class Module(Protocol):
+    """What is needed of the envoy of a module."""
+
+    @property
+    def path(self) -> str:
+        """Its path from the root."""
+
+    def read(self, kind: str, label: str | None = None, setting: bool = False, call: int | None = None) -> Any:
+        """A value of the module, of one of its calls."""
+
+    def write(self, kind: str, value: Any, label: str | None = None, call: int | None = None) -> None:
+        """Let the model go on with another value."""
+
+    def skip_call(self, value: Any, label: str, call: int | None = None) -> None:
+        """Do not make the call."""
+
+    def count_calls(self, label: str) -> None:
+        """Count the calls of the module from here on."""
 
 
 class Calls:
     """``module.calls``: takes the number of a call, counted from 0 in the pass, or in the generation step."""
 
-    def __init__(self, envoy: Envoy) -> None:
+    def __init__(self, envoy: Module) -> None:
         self._envoy = envoy
 
     def counted(self) -> Calls:
@@ -37,7 +54,7 @@ class OneCall:
         number: the call, counted from 0.
     """
 
-    def __init__(self, envoy: Envoy, number: int) -> None:
+    def __init__(self, envoy: Module, number: int) -> None:
         object.__setattr__(self, "_envoy", envoy)
         object.__setattr__(self, "_number", number)
 

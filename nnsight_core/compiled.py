@@ -1,4 +1,4 @@
-"""Modules that torch has compiled: nothing of their inside is seen, so passes that need to see it run them uncompiled."""
+"""Modules that torch has compiled show nothing of their inside: passes that need to see it run them uncompiled."""
 
 from __future__ import annotations
 
