@@ -42,6 +42,11 @@ class Standin:
         raise TypeError(f"{type(self).__name__} has no value.")
 
 
+def is_same_value(proxy: Any, other: Any) -> bool:
+    """Whether ``other`` is a proxy, too, of the very value that ``proxy`` has; False where that has yet to arrive."""
+    return issubclass(type(other), Standin) and other._value is proxy._value and proxy._value is not PENDING
+
+
 def _version(tensor: Any) -> int:
     # Tensors made in inference mode do not count their changes.
     return -1 if not isinstance(tensor, torch.Tensor) or tensor.is_inference() else tensor._version

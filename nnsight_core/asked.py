@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 
@@ -11,6 +11,9 @@ from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event
 from nnsight_core.sites import Site
+
+#: Which part of a value is to be shown: ``get(whole)`` finds it, ``put(whole, part)`` gives the whole with another.
+View = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 
 
 class Asked:
@@ -52,10 +55,21 @@ class Asked:
         self.setting = setting
         self.call = call
 
-    @property
-    def is_in_call(self) -> bool:
-        """Whether the call asked for, if it was asked for by number, is the last that has begun."""
-        return self.call is None or self.call[1].now == self.call[0]
+    def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
+        """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is
+        under way, None where steps are not counted.
+        """
+        each: Asked | None = self
+        while each is not None:
+            if (
+                each.module is module
+                and each.kind == kind
+                and (step is None or each.step is None or each.step == step)
+                and (each.call is None or each.call[1].now == each.call[0])
+            ):
+                return True
+            each = each.otherwise
+        return False
 
 
 class Client(Protocol):

@@ -12,7 +12,7 @@ class Module(Protocol):
     def path(self) -> str:
         """Its path from the root."""
 
-    def read(self, kind: str, label: str | None = None, setting: bool = False, call: int | None = None) -> Any:
+    def read(self, kind: str, label: str | None = None, *, call: int | None = None) -> Any:
         """A value of the module, of one of its calls."""
 
     def write(self, kind: str, value: Any, label: str | None = None, call: int | None = None) -> None:

@@ -8,11 +8,6 @@ from typing import Any
 import torch
 
 
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calls of ``module`` run as torch has compiled them, modules inside and all."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
 class Eager:
     """Passes that need to see inside compiled modules are counted: while there are any, no compiled code is used."""
 

@@ -7,13 +7,12 @@ import sys
 import weakref
 from contextvars import ContextVar
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from nnsight_core.asked import Asked
+from nnsight_core.asked import Asked, View
 from nnsight_core.counting import CallCounter
-from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
 
@@ -42,8 +41,11 @@ class OpenTrace(Protocol):
     def counter_of(self, asked: Asked) -> CallCounter:
         """What counts the calls of the module that is ``asked`` for."""
 
-    def ask(self, asked: Asked) -> Proxy:
-        """The value asked for, present or pending."""
+    def ask(self, asked: Asked, view: View | None = None) -> Any:
+        """The value asked for, or the part of it that ``view`` shows, present or pending."""
+
+
+_CAN_BE_LEFT = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 class _Entry:
@@ -53,13 +55,15 @@ class _Entry:
 
     def __init__(self, trace: OpenTrace, body: FrameType) -> None:
         # A generator that a @contextmanager runs opens the trace for its caller.
-        while body.f_code.co_flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
+        flags = body.f_code.co_flags
+        while flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
             body = user_frame(body.f_back)
+            flags = body.f_code.co_flags
         # Weak, so that a trace that is dropped half-way is not kept alive by having been open.
         self.trace = weakref.ref(trace)
         # The frame lives as long as its block does, so its id will do and holds nothing.
         self.frame = id(body)
-        self.can_be_left = bool(body.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+        self.can_be_left = bool(flags & _CAN_BE_LEFT)
 
 
 def _is_contextlib(frame: FrameType | None) -> bool:
@@ -76,7 +80,11 @@ def opened(trace: OpenTrace, body: FrameType) -> None:
 
 def closed(trace: OpenTrace) -> None:
     """Take ``trace`` out, wherever it stands: generators and tasks do not close in reverse order."""
-    _open.set(tuple(each for each in _open.get() if each.trace() is not None and each.trace() is not trace))
+    entries = _open.get()
+    if len(entries) == 1 and entries[0].trace() is trace:
+        _open.set(())
+        return
+    _open.set(tuple(each for each in entries if each.trace() is not None and each.trace() is not trace))
 
 
 def open_trace(root: torch.nn.Module) -> OpenTrace | None:
@@ -84,7 +92,11 @@ def open_trace(root: torch.nn.Module) -> OpenTrace | None:
 
     A generator's block is here only while the generator runs.
     """
-    entries = [entry for entry in _open.get() if (trace := entry.trace()) is not None and trace.root is root]
+    everywhere = _open.get()
+    if len(everywhere) == 1 and not everywhere[0].can_be_left:
+        trace = everywhere[0].trace()
+        return trace if trace is not None and trace.root is root else None
+    entries = [entry for entry in everywhere if (trace := entry.trace()) is not None and trace.root is root]
     if not entries:
         return None
     if len(entries) == 1 and not entries[0].can_be_left:

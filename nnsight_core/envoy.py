@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from nnsight_core.arguments import apply
-from nnsight_core.asked import Asked
+from nnsight_core.arguments import apply, is_same_value
+from nnsight_core.asked import Asked, View
 from nnsight_core.calls import Calls
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope
-from nnsight_core.sites import user_site
+from nnsight_core.sites import Site, user_site
 from nnsight_core.values import fitting
 
 Names = Mapping[str, str]
@@ -143,7 +143,10 @@ class Envoy:
         envoy = self
         for name in path.split(".") if path else ():
             child = envoy._module._modules.get(name)
-            if name in envoy._names:
+            known = envoy._children.get(name)
+            if known is not None and known._module is child and name not in envoy._names:
+                envoy = known
+            elif name in envoy._names:
                 envoy = envoy._root_envoy().get(envoy._names[name])
             elif child is not None:
                 envoy = envoy._child(name, child)
@@ -200,6 +203,9 @@ class Envoy:
 
     # Values.
 
+    def _label(self, what: str) -> str:
+        return f"{self._path or 'model'}.{what}"
+
     def _trace(self, asked: str) -> OpenTrace:
         trace = open_trace(self._tree.root)
         if trace is None:
@@ -214,25 +220,39 @@ class Envoy:
         """
         return self._trace(asked).scope
 
-    def read(self, kind: str, label: str | None = None, setting: bool = False, call: int | None = None) -> Any:
+    def read(
+        self,
+        kind: str,
+        label: str | None = None,
+        setting: bool = False,
+        site: Site | None = None,
+        view: View | None = None,
+        call: int | None = None,
+    ) -> Any:
         """The value of ``kind`` (``"input"`` or ``"output"``) as a proxy.
 
-        ``label`` is how errors are to call it, ``setting`` says that it is asked for to be set, and ``call`` which call
-        of the module it is to be, if not the next that comes.
+        Args:
+            kind: which value.
+            label: how errors are to call it.
+            setting: it is asked for to be set.
+            site: the user's line, if that is known.
+            view: shows a part of the value in its place.
+            call: which call of the module, counted from 0; None for the next that comes.
 
         Raises:
             NoTraceError: no trace of the model is open here.
             OutOfOrderError: the forward pass has gone by it.
             ModuleNotRunError: the module does not run in this pass.
         """
-        label = label or f"{self._path or 'model'}.{kind}"
-        trace = self._trace(label)
-        module = self._module
+        module, tree, label = self._module, self._tree, label or self._label(kind)
+        trace = open_trace(tree.root)
+        if trace is None:
+            raise NoTraceError(label, user_site())
         step = None if self._is_result else trace.step_of(module)
-        asked = Asked(module, kind, label, user_site(), self._tree.ancestors(module), step, setting=setting)
+        asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting)
         if call is not None:
             asked.call = call, trace.counter_of(asked)
-        return trace.ask(asked)
+        return trace.ask(asked, view)
 
     def write(self, kind: str, value: Any, label: str | None = None, call: int | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
@@ -241,9 +261,13 @@ class Envoy:
         call and anything else its first argument.
         """
         if value is None:
-            name = label or f"{self._path or 'model'}.{kind}"
-            raise ValueError(f"{name} cannot be set to None: torch takes a None from a hook for 'no change'.")
-        current = self.read(kind, label, setting=True, call=call)
+            raise ValueError(
+                f"{label or self._label(kind)} cannot be set to None: torch takes a None from a hook for 'no change'."
+            )
+        current = self.read(kind, label, True, user_site(), call=call)
+        if is_same_value(current, value):
+            # After `module.output += x` Python sets the very proxy that was read and changed.
+            return
         # isinstance() would look at a pending value, and that starts the model.
         if kind == "input":
             current.set_call(value)
@@ -256,7 +280,7 @@ class Envoy:
 
         If the module has a child of this name, reach the child by ``envoy["output"]``.
         """
-        return self.read("output")
+        return self.read("output", site=user_site())
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -268,7 +292,7 @@ class Envoy:
         else (attributes, arithmetic, slices) sees the first argument. Set it to replace the first argument, or the
         whole call by a pair ``(args, kwargs)``.
         """
-        return self.read("input")
+        return self.read("input", site=user_site())
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -286,7 +310,7 @@ class Envoy:
         Raises:
             OutOfOrderError: the module has run already.
         """
-        self.skip_call(value, f"{self._path or 'model'}.skip(...)")
+        self.skip_call(value, self._label("skip(...)"))
 
     def skip_call(self, value: Any, label: str, call: int | None = None) -> None:
         """:meth:`skip` for one call of several; ``label`` is how errors are to call it."""
@@ -315,7 +339,7 @@ class Envoy:
 
     def next(self) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""
-        self._trace(f"{self._path or 'model'}.next()").next_step_of(self._module)
+        self._trace(self._label("next()")).next_step_of(self._module)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

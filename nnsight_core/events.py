@@ -11,7 +11,10 @@ from nnsight_core.sites import Site, user_site
 
 
 class Event:
-    """One value at the moment at which the model hands it over: a module's call (``input``) or result (``output``)."""
+    """One value at the moment at which the model hands it over: a module's call (``input``) or result (``output``).
+
+    It is itself the origin of a proxy that shows all of it.
+    """
 
     __slots__ = ("current", "kind", "label", "module", "replaced", "site", "value")
 
@@ -25,18 +28,27 @@ class Event:
         #: The model waits at this event; once it has gone on, nothing can be changed here any more.
         self.current = True
 
-    def put(self, value: Any) -> None:
+    @property
+    def event(self) -> Event:
+        """Itself: of which event it is the origin."""
+        return self
+
+    def read(self) -> Any:
+        """The value as it stands now."""
+        return self.value
+
+    def write(self, value: Any) -> None:
         """Let the model go on with ``value`` in place of its own."""
         self.value = value
         self.replaced = True
 
-    def origin(self, rows: Rows | None = None) -> Origin:
+    def origin(self, rows: Rows | None = None) -> Origin | Event:
         """The value as a place to read and write: all of it, or the rows of one input of the batch."""
         if rows is None:
-            return Origin(self, lambda: self.value, self.put)
+            return self
         place = (self.module, self.kind, ())
         return Origin(
-            self, lambda: rows.take(self.value, place), lambda part: self.put(rows.put(self.value, part, place))
+            self, lambda: rows.take(self.value, place), lambda part: self.write(rows.put(self.value, part, place))
         )
 
     def check_writable(self) -> None:

@@ -12,16 +12,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import update_wrapper
+from itertools import count
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+from greenlet import getcurrent
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
-from nnsight_core.compiled import Eager, is_compiled
+from nnsight_core.compiled import Eager
 from nnsight_core.counting import CallCounter
 from nnsight_core.values import map_tensors
 
@@ -33,49 +34,75 @@ def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> Non
     """A hook that does nothing: its presence alone lets later hooks of a running module fire."""
 
 
-def _nobody() -> bool:
-    return False
-
-
-def _nothing(module: torch.nn.Module, kind: str, value: Any) -> None:
+def _nothing(*args: Any) -> None:
     return None
 
 
-class HookBoard:
-    """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`."""
+#: The keys of hooks among torch's own, which are counted from 0 upwards.
+_keys = count(-1, -1)
 
-    def __init__(self, is_ours: Callable[[], bool], deliver: Deliver) -> None:
-        self._is_ours = is_ours
+
+class HookBoard:
+    """The hooks of one pass: put one by one as they are asked for, all gone at :meth:`clear`.
+
+    They are written straight into the modules' own dicts, for a handle of torch's costs as much as everything else that
+    is done for a value. One key serves all hooks of a pass.
+
+    Args:
+        coroutine: gives the coroutine in which the pass runs; what other coroutines and threads do is not its business.
+        deliver: told of what has come.
+    """
+
+    def __init__(self, coroutine: Callable[[], Any], deliver: Deliver) -> None:
+        self._coroutine = coroutine
         self._deliver = deliver
-        self._armed: dict[int, RemovableHandle] = {}
-        self._waiting: dict[tuple[int, str], RemovableHandle] = {}
-        self._followed: list[RemovableHandle] = []
-        self._counters: list[CallCounter] = []
-        self._gates: dict[int, Gate] = {}
+        self._key = next(_keys)
+        self._armed_last: Iterable[torch.nn.Module] | None = None
+        #: The modules with a forward hook of ours, and whether it delivers what they give.
+        self._hooked: dict[torch.nn.Module, bool] = {}
+        #: The modules with a forward pre-hook of ours, and their gates: scripted modules have none.
+        self._gates: dict[torch.nn.Module, Gate | None] = {}
+        self._may_skip: set[torch.nn.Module] | None = None
+        self._followed: RemovableHandle | None = None
+        self._begins: Callable[[], Any] = _nothing
+        self._counters: list[tuple[CallCounter, RemovableHandle]] | None = None
         self._runs_eagerly = False
-        self._begins: Callable[[], Any] = _nobody
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
-        """Deliver ``kind`` of ``module`` until :meth:`unwatch`, whose call stands inside calls of ``ancestors``."""
-        for ancestor in ancestors:
-            if id(ancestor) not in self._armed:
-                self._armed[id(ancestor)] = ancestor.register_forward_hook(_keeps_hooks_running)
-                if is_compiled(ancestor):
-                    self._run_eagerly()
+        """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
+        if ancestors is not self._armed_last:
+            self._armed_last = ancestors
+            for ancestor in ancestors:
+                self._arm(ancestor)
+        if kind == "output":
+            if not self._hooked.get(module):
+                self._put(module, self._on_output)
+                self._hooked[module] = True
+            return
+        self._arm(module)
+        if kind == "skip":
+            self._may_skip = {*(self._may_skip or ()), module}
+        if module not in self._gates:
+            # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
+            self._gates[module] = None if isinstance(module, torch.jit.ScriptModule) else Gate.hold(module, self)
+            # The mark comes first and goes last, so that another thread's torch never sees the hook without it.
+            module._forward_pre_hooks_with_kwargs[self._key] = True
+            module._forward_pre_hooks[self._key] = self._on_input
+
+    def _arm(self, module: torch.nn.Module) -> None:
+        if module not in self._hooked:
+            self._put(module, _keeps_hooks_running)
+            self._hooked[module] = False
+            if "_orig_mod" in module._modules:
+                self._run_eagerly()
+
+    def _put(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            # It has no hooks, and torch says so.
+            module.register_forward_hook(hook)
+        module._forward_hooks[self._key] = hook
         if module._compiled_call_impl is not None:
             self._run_eagerly()
-        key = (id(module), kind)
-        if key in self._waiting:
-            return
-        if kind == "output":
-            self._waiting[key] = module.register_forward_hook(self._on_output)
-        else:
-            if id(module) not in self._armed:
-                self._armed[id(module)] = module.register_forward_hook(_keeps_hooks_running)
-            # torch looks up the forward before it delivers the input, and whoever sees the input may want to skip.
-            self._hold_gate(module)
-            if kind == "input":
-                self._waiting[key] = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
 
     def _run_eagerly(self) -> None:
         """What torch has compiled as a whole shows nothing of its inside, so this pass runs the modules themselves."""
@@ -83,95 +110,96 @@ class HookBoard:
             self._runs_eagerly = True
             Eager.begin()
 
-    def _hold_gate(self, module: torch.nn.Module) -> None:
-        if id(module) not in self._gates and not isinstance(module, torch.jit.ScriptModule):
-            self._gates[id(module)] = Gate.hold(module, self)
-
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
-        return self._deliver(module, "skip", (args, kwargs)) if self._is_ours() else None
+        if self._may_skip is None or module not in self._may_skip or getcurrent() is not self._coroutine():
+            return None
+        return self._deliver(module, "skip", (args, kwargs))
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
         self._begins = begins
-        self._followed.append(module.register_forward_pre_hook(self._on_begin, prepend=True))
+        self._followed = module.register_forward_pre_hook(self._on_begin, prepend=True)
+
+    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
+        self._begins()
 
     def count(self, module: torch.nn.Module, counter: CallCounter) -> None:
         """Let ``counter`` count the calls of ``module`` in this pass, before any value of a call is delivered."""
         counter.reset()
-        self._counters.append(counter)
-        hook = Counting(self._is_ours, counter)
-        self._followed.append(module.register_forward_pre_hook(hook, prepend=True))
+        handle = module.register_forward_pre_hook(Counting(self._coroutine, counter), prepend=True)
+        self._counters = [*(self._counters or ()), (counter, handle)]
 
     def reset_counters(self) -> None:
         """The model runs once more in the same pass."""
-        for counter in self._counters:
+        for counter, _ in self._counters or ():
             counter.reset()
-
-    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
-        self._begins()
 
     def __reduce__(self) -> Any:
         # A copy of the model that is made, or written to a file, meanwhile has nothing to do with this pass.
         return _nobodys_board, ()
 
-    def unwatch(self, module: torch.nn.Module, kind: str) -> None:
-        """Nobody waits for it any more."""
-        handle = self._waiting.pop((id(module), kind), None)
-        if handle is not None:
-            handle.remove()
-
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
-        if not self._is_ours():
+        if getcurrent() is not self._coroutine():
             return None
         changed = self._deliver(module, "output", output)
         return None if changed is None else changed[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         # torch looks up live whether a hook takes kwargs: when another thread takes it off meanwhile, there are none.
-        if kwargs is None or not self._is_ours():
+        if kwargs is None or getcurrent() is not self._coroutine():
             return None
         changed = self._deliver(module, "input", (args, kwargs))
         return None if changed is None else changed[0]
 
-    def release(self) -> None:
-        """Forget who is to be told; there are no hooks any more."""
-        self._is_ours, self._deliver, self._begins = _nobody, _nothing, _nobody
-
     def clear(self) -> None:
         """Remove every hook."""
-        for handle in (*self._waiting.values(), *self._armed.values(), *self._followed):
+        key = self._key
+        if self._hooked:
+            for module in self._hooked:
+                module._forward_hooks.pop(key, None)
+            self._hooked.clear()
+            self._armed_last = None
+        if self._gates:
+            for module, gate in self._gates.items():
+                module._forward_pre_hooks.pop(key, None)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                if gate is not None:
+                    gate.let_go(self)
+            self._gates.clear()
+        if self._followed is not None:
+            self._followed.remove()
+            self._followed = None
+        for _, handle in self._counters or ():
             handle.remove()
-        self._followed.clear()
-        self._counters.clear()
+        self._counters = None
         if self._runs_eagerly:
             self._runs_eagerly = False
             Eager.end()
-        for gate in self._gates.values():
-            gate.let_go(self)
-        self._gates.clear()
-        self._waiting.clear()
-        self._armed.clear()
+
+    def release(self) -> None:
+        """Forget who is to be told; there are no hooks any more."""
+        self._coroutine = self._deliver = self._begins = _nothing
 
 
 class Counting:
     """The hook that counts calls."""
 
-    def __init__(self, is_ours: Callable[[], bool], counter: CallCounter) -> None:
-        self._is_ours = is_ours
+    def __init__(self, coroutine: Callable[[], Any], counter: CallCounter) -> None:
+        self._coroutine = coroutine
         self._counter = counter
 
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if self._is_ours():
+        if getcurrent() is self._coroutine():
             self._counter.begins()
 
     def __reduce__(self) -> Any:
-        return Counting, (_nobody, CallCounter())
+        return Counting, (_nothing, CallCounter())
 
 
 def _nobodys_board() -> HookBoard:
-    return HookBoard(_nobody, _nothing)
+    return HookBoard(_nothing, _nothing)
 
 
 class Gate:
@@ -189,7 +217,7 @@ class Gate:
         self._forward = module.forward
         self._boards: list[HookBoard] = []
         # Models look at the signatures of their own forwards.
-        update_wrapper(self, self._forward)
+        self.__wrapped__ = self._forward
 
     @classmethod
     def hold(cls, module: torch.nn.Module, board: HookBoard) -> Gate:
@@ -223,6 +251,10 @@ class Gate:
         module = copy.deepcopy(self._module, known)
         return MethodType(type(module).forward, module) if self.own is None else copy.deepcopy(self.own, known)
 
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else they look at: the name, the documentation, what a decorator has left there.
+        return getattr(self.__dict__["_forward"], name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for board in list(self._boards):
             changed = board.at_gate(self._module, args, kwargs)
@@ -237,28 +269,28 @@ class PlainCalls:
     It is on only while the body of a trace has its turn, so that the model itself never pays for it.
     """
 
-    def __init__(self, is_body: Callable[[], bool]) -> None:
-        self._is_body = is_body
+    def __init__(self) -> None:
+        self._body: Any = None
         # The calls under way: the module, and what was met among its arguments if that makes its result a proxy.
         self._under_way: list[tuple[torch.nn.Module, Met | None]] = []
 
-    def on(self) -> None:
-        """The body has its turn."""
+    def on(self, body: Any) -> None:
+        """The body has its turn, in the coroutine ``body``."""
+        self._body = body
         torch_module._global_forward_pre_hooks[self] = self._before  # type: ignore[index]
         torch_module._global_forward_hooks[self] = self._after  # type: ignore[index]
 
     def off(self) -> None:
         """The model has its turn."""
+        if self._body is None:
+            return
+        self._body = None
         torch_module._global_forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         torch_module._global_forward_hooks.pop(self, None)  # type: ignore[call-overload]
         self._under_way.clear()
 
-    def release(self) -> None:
-        """Forget whose turns these are."""
-        self._is_body = _nobody
-
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-        if not self._is_body():
+        if getcurrent() is not self._body:
             return None
         # torch shows keyword arguments to global hooks nowhere else than in the frame that calls them.
         kwargs = sys._getframe(1).f_locals.get("kwargs") or {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,92 +45,70 @@ class ForwardPass(greenlet):  # type: ignore[misc]  # greenlet ships no types fo
     """The coroutine in which the model runs."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(self._run_call)
-        self._call = call
-        self.result: Any = None
+        self._call: Callable[[], Any] | None = call
 
-    def run_here(self) -> None:
-        """Run the model where the caller stands, and not as a coroutine."""
-        self._run_call()
-
-    def _run_call(self) -> None:
-        call, self._call = self._call, _nothing
+    def run(self) -> None:
+        """Call the model; in the coroutine when it is switched to, or else where the caller stands."""
+        call, self._call = self._call, None
+        assert call is not None
         try:
-            self.result = call()
+            call()
         except _Unwind:
             return
 
 
-def _nothing() -> None:
-    return None
+#: Which modules are entered and left, in order, and what stands in the way of being sure.
+Order = tuple[list[tuple[torch.nn.Module, str]], str]
 
 
-class OrderWitness:
-    """Finds out, once something has gone wrong, in which order a model runs its modules."""
-
-    def __init__(self, observe: Callable[[], tuple[list[tuple[torch.nn.Module, str]], str]]) -> None:
-        self._observe = observe
-
-    def verdict(self, asked: Asked, last: Asked | None) -> tuple[str, str]:
-        """Whether the value asked for came ``"before"`` or ``"never"``, or its module was ``"running"`` already when
-        ``last`` was there; and what stands in the way of being sure.
-        """
-        seen, doubt = self._observe()
-        # A call that could have been skipped came when its input did.
-        kind = "input" if asked.kind == "skip" else asked.kind
-        if (asked.module, kind) not in seen:
-            return "never", doubt
-        if last is None or kind == "input" or (last.module, last.kind) not in seen:
-            return "before", doubt
-        here = seen.index((last.module, last.kind))
-        runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
-        return ("running" if runs else "before"), doubt
+def verdict(order: Order, asked: Asked, last: Asked | None) -> str:
+    """Whether the value asked for came ``"before"`` or ``"never"``, or its module was ``"running"`` already when
+    ``last`` was there.
+    """
+    seen, _ = order
+    # A call that could have been skipped came when its input did.
+    kind = "input" if asked.kind == "skip" else asked.kind
+    if (asked.module, kind) not in seen:
+        return "never"
+    if last is None or kind == "input" or (last.module, last.kind) not in seen:
+        return "before"
+    here = seen.index((last.module, last.kind))
+    runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
+    return "running" if runs else "before"
 
 
 class Interleaver:
     """The turns of one pass.
 
     Args:
-        call: runs the model; it is called once, in a coroutine, at the first value asked for or at the end.
-        witness: asked for the order of modules when a value did not come.
+        forward: runs the model, from the first value asked for on, or at the end. Only a weak reference is kept:
+            hooks and suspended frames hold the interleaver, and were it to hold the coroutine too, a trace that is
+            abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
+        observe: finds out, once something has gone wrong, in which order the model runs its modules.
         root: the model, if its runs are to be counted: one pass may run it several times.
     """
 
-    def __init__(self, call: Callable[[], Any], witness: OrderWitness, root: torch.nn.Module | None = None) -> None:
-        forward = ForwardPass(call)
-        # Hooks and suspended frames hold the interleaver; were it to hold the coroutine too, a trace that is
-        # abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
-        self.forward_pass: ForwardPass | None = forward
+    event: Event | None = None
+    _stopped_at: Site | None = None
+    _failure: BaseException | None = None
+    _somebody_missed = False
+
+    def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
         self._forward = weakref.ref(forward)
-        self._witness = witness
+        self._observe: Callable[[], Order] | None = observe
         self._body = getcurrent()
         self._thread = threading.get_ident()
-        self._model_state = thread_state.snapshot()
-        self._body_state = self._model_state
+        self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
-        self.hooks = HookBoard(self._is_ours, self._arrived)
-        self.plain_calls = PlainCalls(lambda: getcurrent() is self._body)
-        self.event: Event | None = None
+        self.hooks = HookBoard(self._forward, self._arrived)
+        self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
         self._observers: dict[tuple[torch.nn.Module, str], list[Observer]] = {}
-        self._stopped_at: Site | None = None
-        self._failure: BaseException | None = None
-        self._somebody_missed = False
-        #: The run of the model that has begun last, counted from 0; None before the first.
-        self.step: int | None = None
-        self._counts_steps = root is not None
+        #: The run of the model that has begun last, counted from 0, -1 before the first; None if they are not counted.
+        self.step: int | None = None if root is None else -1
         if root is not None:
             self.hooks.follow(root, self._step_begins)
-
-    def own(self) -> ForwardPass:
-        """Hand the coroutine over to its owner."""
-        forward, self.forward_pass = self.forward_pass, None
-        assert forward is not None
-        return forward
-
-    def _is_ours(self) -> bool:
-        return getcurrent() is self._forward()
 
     # What clients do.
 
@@ -156,16 +134,11 @@ class Interleaver:
 
     def fits(self, asked: Asked, event: Event | None) -> bool:
         """Whether ``event`` is what is asked for."""
-        return event is not None and self._matches(asked, event.module, event.kind)
+        return event is not None and asked.is_answered_by(event.module, event.kind, self._run_of_now())
 
-    def _matches(self, asked: Asked | None, module: torch.nn.Module, kind: str) -> bool:
-        while asked is not None:
-            # What runs before the model's first run, an encoder in a generation, belongs to it.
-            in_time = asked.step is None or not self._counts_steps or asked.step == (self.step or 0)
-            if asked.module is module and asked.kind == kind and in_time and asked.is_in_call:
-                return True
-            asked = asked.otherwise
-        return False
+    def _run_of_now(self) -> int | None:
+        # What runs before the model's first run, an encoder in a generation, belongs to it.
+        return 0 if self.step == -1 else self.step
 
     def count(self, module: torch.nn.Module, counter: CallCounter, asked: Asked) -> None:
         """Let ``counter`` count the calls of ``module``.
@@ -173,13 +146,10 @@ class Interleaver:
         Raises:
             CallsNotCountedError: the pass is under way, and ``module`` may have been called already.
         """
-        if self._has_begun():
+        forward = self._forward()
+        if forward is None or forward.dead or bool(forward):
             raise CallsNotCountedError(asked.label, asked.site)
         self.hooks.count(module, counter)
-
-    def _has_begun(self) -> bool:
-        forward = self._forward()
-        return forward is None or forward.dead or bool(forward)
 
     def give_up(self, client: Client) -> None:
         """``client`` does not wait any more."""
@@ -188,9 +158,11 @@ class Interleaver:
     # The model's side.
 
     def _arrived(self, module: torch.nn.Module, kind: str, value: Any) -> tuple[Any] | None:
-        clients = [client for client, asked in self._waiting.items() if self._matches(asked, module, kind)]
+        step = self._run_of_now()
+        clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
         if not clients:
-            self._observed(module, kind, value)
+            if self._observers:
+                self._observed(module, kind, value)
             return None
         if len(clients) > 1:
             clients.sort(key=self._order.__getitem__)
@@ -214,13 +186,11 @@ class Interleaver:
         finally:
             event.current = False
             self.event = None
-            waits = any(each.module is module and each.kind == kind for each in self._asked())
-            if not waits and (module, kind) not in self._observers:
-                self.hooks.unwatch(module, kind)
-        self._observed(module, kind, event.value)
         if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
             self._failure = RecomputedError(event.label, event.site)
             raise _Unwind from self._failure
+        if self._observers:
+            self._observed(module, kind, event.value)
         changed = (event.value,) if event.replaced else None
         event.value = None
         return changed
@@ -229,17 +199,12 @@ class Interleaver:
         for note in self._observers.get((module, kind), ()):
             note(module, kind, value)
 
-    def _asked(self) -> Iterator[Asked]:
-        for asked in self._waiting.values():
-            each: Asked | None = asked
-            while each is not None:
-                yield each
-                each = each.otherwise
-
     def hand_over(self) -> None:
         """The model's side: let the body of the live trace have its turn, and come back when it asks for more."""
         self._model_state = now = thread_state.snapshot()
-        guard = thread_state.enter(self._body_state, now) if now != self._body_state else None
+        guard = None
+        if now != self._body_state:
+            guard = thread_state.enter(self._body_state, now)
         try:
             self._body.switch()
         finally:
@@ -247,18 +212,18 @@ class Interleaver:
                 thread_state.leave(guard, now)
 
     def _step_begins(self) -> None:
-        if not self._is_ours():
+        if getcurrent() is not self._forward():
             return
         # Whoever still waits for something in the run before this one waits in vain.
-        late = [c for c, asked in self._waiting.items() if asked.step is not None and asked.step <= (self.step or 0)]
-        if self.step is not None:
-            for client in sorted(late, key=self._order.__getitem__):
-                try:
-                    client.missed(self.missing(client, self._waiting.pop(client)))
-                except Exception as error:
-                    self._failure = error
-                    raise _Unwind from error
-        self.step = 0 if self.step is None else self.step + 1
+        assert self.step is not None
+        late = [c for c, asked in self._waiting.items() if asked.step is not None and asked.step <= self.step]
+        for client in sorted(late, key=self._order.__getitem__):
+            try:
+                client.missed(self.missing(client, self._waiting.pop(client)))
+            except Exception as error:
+                self._failure = error
+                raise _Unwind from error
+        self.step += 1
         self.hooks.reset_counters()
 
     # The body's side.
@@ -268,8 +233,8 @@ class Interleaver:
         forward = self._forward()
         if forward is None or forward.dead:
             return False
-        self.check_thread()
-        forward.parent = self._body = getcurrent()
+        self._body = body = getcurrent()
+        forward.parent = body
         self.plain_calls.off()
         self._body_state = now = thread_state.snapshot()
         guard = None
@@ -281,13 +246,18 @@ class Interleaver:
             else:
                 forward.throw(error)
         finally:
-            if guard is not None or forward.dead:
+            ended = forward.dead
+            if guard is not None or ended:
                 thread_state.leave(guard, now)
-            if not forward.dead:
-                self.plain_calls.on()
+            if not ended:
+                self.plain_calls.on(body)
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise failure
+            try:
+                raise failure
+            finally:
+                # Its traceback holds this frame.
+                del failure
         return True
 
     def check_thread(self) -> None:
@@ -306,8 +276,8 @@ class Interleaver:
         """Why ``asked`` did not come: too late, or never."""
         if self._stopped_at is not None:
             return TraceStoppedError(asked.label, asked.site, self._stopped_at)
-        if asked.step is not None and self._counts_steps and asked.step > (-1 if self.step is None else self.step):
-            return StepNotRunError(asked.label, asked.site, asked.step, 0 if self.step is None else self.step + 1)
+        if asked.step is not None and self.step is not None and asked.step > self.step:
+            return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
         if asked.call is not None and asked.call[1].now < asked.call[0]:
             times = asked.call[1].now + 1
@@ -316,13 +286,14 @@ class Interleaver:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True
-        verdict, doubt = self._witness.verdict(asked, last)
-        if verdict == "running" and last is not None:
+        order = ([], "") if self._observe is None else self._observe()
+        found = verdict(order, asked, last)
+        if found == "running" and last is not None:
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
-        if verdict == "before":
+        if found == "before":
             label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
             return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
-        return ModuleNotRunError(asked.label, asked.site, doubt)
+        return ModuleNotRunError(asked.label, asked.site, order[1])
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""
@@ -336,6 +307,7 @@ class Interleaver:
         self.hooks.clear()
         self._waiting.clear()
         if forward is not None and not forward.dead and bool(forward):
+            self.check_thread()
             self.give_turn(_Unwind())
         self.end()
 
@@ -350,9 +322,11 @@ class Interleaver:
             self.hooks.clear()
         try:
             if self._stopped_at is None and not self._run_here():
+                self.check_thread()
                 self.give_turn()
-            for client in sorted(self._waiting, key=self._order.__getitem__):
-                client.missed(self.missing(client, self._waiting.pop(client)))
+            if self._waiting:
+                for client in sorted(self._waiting, key=self._order.__getitem__):
+                    client.missed(self.missing(client, self._waiting.pop(client)))
         finally:
             self.end()
 
@@ -363,7 +337,7 @@ class Interleaver:
             return False
         if thread_state.snapshot() != self._model_state:
             return False
-        forward.run_here()
+        forward.run()
         return True
 
     def end(self) -> None:
@@ -374,8 +348,7 @@ class Interleaver:
         self._observers.clear()
         self._order.clear()
         # It holds the inputs, and this object may wait a while for the garbage collector.
-        self._witness = OrderWitness(lambda: ([], ""))
+        self._observe = None
         self.event = None
-        # Each of them holds methods of this object, which the collector alone could take apart.
+        # It holds a method of this object, which the collector alone could take apart.
         self.hooks.release()
-        self.plain_calls.release()

@@ -75,6 +75,7 @@ class LanguageModel(NNsight):
             tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
         super().__init__(module, aliases)
         self.tokenizer = tokenizer
+        self._longest_fit = 0
 
     def _prepare(self, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Call:
         if not inputs:
@@ -87,13 +88,13 @@ class LanguageModel(NNsight):
                 "    with model.trace([first_prompt, second_prompt]): ..."
             )
         given = inputs[0]
-        if isinstance(given, Mapping):
-            return self._batch_call({**given}, kwargs)
         if isinstance(given, torch.Tensor):
             ids = given if given.ndim > 1 else given[None]
             if not ids.numel():
                 raise EmptyPromptError(0, len(ids))
             return self._batch_call({"input_ids": ids}, kwargs)
+        if isinstance(given, Mapping):
+            return self._batch_call({**given}, kwargs)
         rows = self._token_rows(given, options)
         return self._batch_call(self._padded(rows), kwargs)
 
@@ -134,16 +135,18 @@ class LanguageModel(NNsight):
         return self._result
 
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
-        device = next((each.device for each in self._module.parameters()), torch.device("cpu"))
-        for name, each in batch.items():
-            if isinstance(each, torch.Tensor) and each.device != device:
-                batch[name] = each.to(device)
+        weight = _first_parameter(self._module)
+        if weight is not None:
+            device = weight.device
+            for name, each in batch.items():
+                if isinstance(each, torch.Tensor) and each.device != device:
+                    batch[name] = each.to(device)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None:
             return Call(self._module, (), {**batch, **kwargs})
         padding = None
         if mask is None or mask.ndim != 2 or bool(mask.all()):
-            self._check_lengths([ids.shape[-1]])
+            self._check_lengths((ids.shape[-1],))
         else:
             self._check_lengths(mask.sum(-1).tolist())
             if not bool(mask[:, -1].all()):
@@ -165,15 +168,19 @@ class LanguageModel(NNsight):
         tokens = [{k: v for k, v in call.kwargs.items() if k in _TOKEN_INPUTS} for call in calls]
         if any("input_ids" not in each for each in tokens):
             return super()._combine(calls)
-        longest = max(each["input_ids"].shape[-1] for each in tokens)
+        lengths = [each["input_ids"].shape[-1] for each in tokens]
+        longest = max(lengths)
         counted = any("position_ids" in each for each in tokens)
-        for each in tokens:
+        # Prompts of one length that came without a mask need none together either, and the model is faster without.
+        masked = counted or min(lengths) < longest or any("attention_mask" in each for each in tokens)
+        for each, length in zip(tokens, lengths, strict=True) if masked else ():
             each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
             if counted:
                 each.setdefault("position_ids", counted_positions(each["attention_mask"]))
-            fillers = {"input_ids": self._filler()}
-            for name, value in each.items():
-                each[name] = torch.nn.functional.pad(value, (longest - value.shape[-1], 0), value=fillers.get(name, 0))
+            if length < longest:
+                for name, value in each.items():
+                    filler = self._filler() if name == "input_ids" else 0
+                    each[name] = torch.nn.functional.pad(value, (longest - length, 0), value=filler)
         others = [{k: v for k, v in call.kwargs.items() if k not in _TOKEN_INPUTS} for call in calls]
         first, sizes = calls[0], [len(each["input_ids"]) for each in tokens]
         call = self._batch_call(joined(tokens), joined(others))
@@ -227,10 +234,27 @@ class LanguageModel(NNsight):
         return {"input_ids": ids, "attention_mask": mask}
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:
+        # Reading a configuration takes longer than one would think, and what has fitted once fits again.
+        longest = max(lengths)
+        if longest <= self._longest_fit:
+            return
         limit = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
         for index, length in enumerate(lengths):
             if isinstance(limit, int) and 0 < limit < length:
                 raise PromptTooLongError(index, length, limit, type(self._module).__name__)
+        self._longest_fit = longest
+
+
+def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first of ``module.parameters()``, without going through all modules for it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:

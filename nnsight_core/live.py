@@ -15,7 +15,7 @@ class LiveClient:
     def __init__(self, interleaver: Interleaver) -> None:
         self._interleaver = interleaver
         self.last_read: Asked | None = None
-        self._error: NNsightError | None = None
+        self._answer: Event | NNsightError | None = None
 
     def ask(self, asked: Asked) -> Event:
         """Let the model run until it has the value, and return it.
@@ -28,21 +28,21 @@ class LiveClient:
         """
         interleaver = self._interleaver
         event = interleaver.event
-        if event is None or not interleaver.fits(asked, event):
-            if interleaver.stopped_at is not None:
-                raise interleaver.missing(self, asked)
-            interleaver.check_thread()
-            interleaver.wait(self, asked)
-            interleaver.give_turn()
-            error, self._error = self._error, None
-            if error is not None:
-                raise error
-            event = interleaver.event
-            if event is None or not interleaver.fits(asked, event):
-                interleaver.give_up(self)
-                raise interleaver.missing(self, asked)
-        self.last_read = asked
-        return event
+        if event is not None and interleaver.fits(asked, event):
+            self.last_read = asked
+            return event
+        if interleaver.stopped_at is not None:
+            raise interleaver.missing(self, asked)
+        interleaver.check_thread()
+        interleaver.wait(self, asked)
+        interleaver.give_turn()
+        answer, self._answer = self._answer, None
+        if answer is None:
+            interleaver.give_up(self)
+            raise interleaver.missing(self, asked)
+        if isinstance(answer, NNsightError):
+            raise answer
+        return answer
 
     def count(self, counter: CallCounter, asked: Asked) -> None:
         """Let ``counter`` count the calls of the module that is ``asked`` for.
@@ -59,9 +59,10 @@ class LiveClient:
 
     def advance(self, event: Event) -> None:
         """The model's side: the value is there."""
+        self._answer = event
         self._interleaver.hand_over()
 
     def missed(self, error: NNsightError) -> None:
         """The model's side: the value cannot come any more."""
-        self._error = error
+        self._answer = error
         self._interleaver.hand_over()

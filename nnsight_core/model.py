@@ -63,16 +63,13 @@ class NNsight(Envoy):
         Raises:
             MissingInputError: there is nothing to run on.
         """
-        prepare = partial(self._prepare_unwrapped, options=dict(invoker_args or {}), kwargs=unwrap(kwargs))
-        if not trace:
-            call = prepare(*inputs)
-            return call.function(*call.args, **call.kwargs)
-        if not inputs and not kwargs:
+        if trace and not inputs and not kwargs:
             return Tracer(self, self._prepare_invoke, self._combine, self._result, has_input=False)
-        return Tracer(self, partial(prepare, *inputs), self._combine, self._result, has_input=True)
-
-    def _prepare_unwrapped(self, *inputs: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Call:
-        return self._prepare(unwrap(inputs), kwargs, options)
+        prepare = partial(self._prepare, unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))
+        if trace:
+            return Tracer(self, prepare, self._combine, self._result, has_input=True)
+        call = prepare()
+        return call.function(*call.args, **call.kwargs)
 
     def _prepare_invoke(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Call:
         return self._prepare(unwrap(inputs), unwrap(kwargs), dict(invoker_args or {}))

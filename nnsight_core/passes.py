@@ -10,23 +10,22 @@ from typing import Any
 
 import torch
 
-from nnsight_core.asked import Asked
+from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
 from nnsight_core.counting import CallCounter
 from nnsight_core.envoy import Tree
 from nnsight_core.errors import RowsError
-from nnsight_core.events import Event
+from nnsight_core.events import Event, Origin
 from nnsight_core.gradients import Backwards, wants_gradients
-from nnsight_core.interleaver import ForwardPass, Interleaver, OrderWitness
+from nnsight_core.interleaver import ForwardPass, Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.order import observed_order
-from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from nnsight_core.tape import Recorder, Tape, TapeClient
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A call of the model, ready to be made.
 
@@ -69,7 +68,7 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = backwards.tape
-        self.scope.inputs = {} if call is None else call.kwargs
+        self.scope.give_inputs({} if call is None else call.kwargs)
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -77,9 +76,9 @@ class Part:
         self.wants_gradients = True
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
-        self._steps_of: dict[torch.nn.Module, int] = {}
+        self._steps_of: dict[torch.nn.Module, int] | None = None
         #: What counts the calls of modules that were asked for by number.
-        self.counters: dict[torch.nn.Module, CallCounter] = {}
+        self.counters: dict[torch.nn.Module, CallCounter] | None = None
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -94,11 +93,12 @@ class Part:
 
     def step_of(self, module: torch.nn.Module) -> int:
         """The run of the model that values of ``module`` are asked of."""
-        return max(self.step, self._steps_of.get(module, 0))
+        return self.step if self._steps_of is None else max(self.step, self._steps_of.get(module, 0))
 
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
-        self._steps_of[module] = self.step_of(module) + 1
+        step = self.step_of(module) + 1
+        self._steps_of = {**(self._steps_of or {}), module: step}
 
     def counter_of(self, asked: Asked) -> CallCounter:
         """What counts the calls of the module that is ``asked`` for.
@@ -106,47 +106,54 @@ class Part:
         Raises:
             CallsNotCountedError: the pass is under way, and the module may have been called already.
         """
-        counter = self.counters.get(asked.module)
+        counter = (self.counters or {}).get(asked.module)
         if counter is None:
             counter = CallCounter()
             if self.live is not None:
                 self.live.count(counter, asked)
-            self.counters[asked.module] = counter
+            self.counters = {**(self.counters or {}), asked.module: counter}
         return counter
 
-    def ask(self, asked: Asked) -> Proxy:
-        """The value asked for: present if this body runs live, else pending."""
+    def ask(self, asked: Asked, view: View | None = None) -> Any:
+        """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
         if self.live is None:
             assert self.tape is not None
-            return self.tape.ask(asked)
-        return self.proxy(self.live.ask(asked))
+            whole = self.tape.ask(asked)
+            return whole if view is None else whole.as_part(*view)
+        return self.proxy(self.live.ask(asked), view)
 
-    def proxy(self, event: Event) -> Proxy:
-        """The proxy of what ``event`` gives, cut to this body's rows."""
+    def proxy(self, event: Event, view: View | None = None) -> Any:
+        """The proxy of what ``event`` gives, cut to this body's rows, or of the part that ``view`` shows."""
+        if view is not None:
+            return self._part(event, *view)
+        is_call, rows = event.kind != "output", self.rows
+        if rows is None:
+            return self.scope.proxy(event.value, event, is_call, event.site)
+        place = (event.module, event.kind, ())
         try:
-            return self._cut_proxy(event)
+            part = rows.take(event.value, place)
         except RowsError as error:
             # The model is at work here; the line that asked is the user's.
             raise RowsError(error.what, event.site) from None
-
-    def _cut_proxy(self, event: Event) -> Proxy:
-        origin = event.origin(self.rows)
-        if self.rows is not None and self.wants_gradients and torch.is_grad_enabled():
+        if self.wants_gradients and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
-            place = (event.module, event.kind, ())
-            cut = self.rows.take(event.value, place)
-            event.put(self.rows.put(event.value, cut, place))
-            return self.scope.proxy(cut, origin, is_call=event.kind != "output")
-        return self.scope.proxy(origin.read(), origin, is_call=event.kind != "output", site=event.site)
+            event.write(rows.put(event.value, part, place))
+        return self.scope.proxy(part, event.origin(rows), is_call, event.site)
+
+    def _part(self, event: Event, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
+        if self.rows is not None:
+            return self.proxy(event).as_part(get, put)
+        # The whole value has no proxy that anybody could have, so none is made for it.
+        read, write = event.read, event.write
+        origin = Origin(event, lambda: get(read()), lambda part: write(put(read(), part)))
+        return self.scope.wrap(get(event.value), origin, event.site)
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.inputs = (
-            batch.kwargs if self.rows is None else self.rows.take(batch.kwargs, (self.root, "input", (1,)))
-        )
+        self.scope.give_inputs(batch.kwargs, self.rows, (self.root, "input", (1,)))
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]
@@ -167,9 +174,9 @@ class Pass:
         def run() -> Any:
             return result(call.function(*call.args, **call.kwargs))
 
-        witness = OrderWitness(partial(observed_order, root, call.args, call.kwargs))
-        self.interleaver = Interleaver(run, witness, root if call.runs_repeatedly else None)
-        self.forward: ForwardPass = self.interleaver.own()
+        observe = partial(observed_order, root, call.args, call.kwargs)
+        self.forward = ForwardPass(run)
+        self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None)
         self.parts = parts
         self._in_steps = call.runs_repeatedly
         self._thread = threading.get_ident()
@@ -181,7 +188,7 @@ class Pass:
         wanted = live is not None or any(part.tape is not None and wants_gradients(part.tape) for part in self.parts)
         for part in self.parts:
             part.wants_gradients = wanted
-            for module, counter in part.counters.items():
+            for module, counter in (part.counters or {}).items():
                 self.interleaver.hooks.count(module, counter)
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
@@ -207,14 +214,14 @@ class Pass:
         """Run to the end; gives the bodies that could not be done in this pass."""
         try:
             self.interleaver.finish()
+            undone = {part: client for part, client in self._by_part.items() if not client.done}
+            if self.interleaver.stopped_at is not None:
+                for client in undone.values():
+                    if client.waits_for is not None:
+                        raise self.interleaver.missing(client, client.waits_for)
+            return list(undone)
         finally:
             self._drop()
-        undone = {part: client for part, client in self._by_part.items() if not client.done}
-        if self.interleaver.stopped_at is not None:
-            for client in undone.values():
-                if client.waits_for is not None:
-                    raise self.interleaver.missing(client, client.waits_for)
-        return list(undone)
 
     def unwind(self) -> None:
         """Leave the pass where it stands."""
@@ -230,3 +237,6 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
+        # Those who run tapes know one another, and the collector alone could take that apart.
+        self._clients.clear()
+        self._by_part.clear()

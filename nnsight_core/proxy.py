@@ -27,7 +27,7 @@ from nnsight_core.arguments import (
     unwrap,
 )
 from nnsight_core.errors import RecordingError, ReleasedValueError
-from nnsight_core.events import Origin
+from nnsight_core.events import Event, Origin
 from nnsight_core.operators import Operators, changes_in_place
 from nnsight_core.sites import inside_autograd_function, user_site
 from nnsight_core.token_index import TokenIndex
@@ -55,7 +55,7 @@ class Proxy(Operators, Appearance):
     """
 
     __slots__ = ()
-    _origin: Origin | None
+    _origin: Origin | Event | None
     _saved: bool
     _live: Any
 
@@ -136,7 +136,7 @@ class Proxy(Operators, Appearance):
         """Stand in for another value from now on."""
         _set(self, "_value", value)
 
-    def _place(self) -> Origin | None:
+    def _place(self) -> Origin | Event | None:
         """Where a change has to be written, if this is a value of the model's and not one of the script's own.
 
         Raises:
@@ -345,7 +345,7 @@ class Proxy(Operators, Appearance):
         return apply(function, *args)
 
     def _operate_in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
-        tape = pending_tape((self, other))
+        tape = self._tape if self._value is PENDING else pending_tape(other)
         if tape is not None and self._can_wait(tape, True):
             return tape.record(function, self, other)
         other = unwrap(other)

@@ -10,15 +10,18 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
-from nnsight_core.events import Origin
+from nnsight_core.batch_axes import Place
+from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
+from nnsight_core.rows import Rows
 from nnsight_core.saveable import as_plain_result
 from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_argument
 
 _set = object.__setattr__
 _EMPTY = torch.empty(0)
+_NO_INPUTS: Mapping[str, Any] = {}
 
 
 class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's operations are meant to hide the tensor's
@@ -27,6 +30,11 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     C code that takes whatever calls itself a tensor, without asking for ``__torch_function__``, finds the value's
     memory and its place in the autograd graph.
     """
+
+    # Most proxies never have others, and what a class has need not be set on each of them.
+    _saved = False
+    _tape: Any = None
+    _live: Any = None
 
     @property
     def values(self) -> Any:
@@ -80,8 +88,18 @@ def _alias(kind: type[Any], value: Any) -> Any:
 
 
 def _empty(kind: type[Any]) -> Any:
+    if not torch._C._len_torch_dispatch_stack():
+        return torch.Tensor._make_subclass(kind, _EMPTY)
     with _disable_current_modes():
         return torch.Tensor._make_subclass(kind, _EMPTY)
+
+
+def _no_tensor(kind: type[ObjectProxy]) -> ObjectProxy:
+    made = kind.__new__(kind)
+    _set(made, "_saved", False)
+    _set(made, "_tape", None)
+    _set(made, "_live", None)
+    return made
 
 
 class Scope:
@@ -89,10 +107,12 @@ class Scope:
 
     __slots__ = (
         "_gradients",
+        "_inputs",
         "_limit",
         "_made",
+        "_rows",
+        "_rows_of",
         "gradient_tape",
-        "inputs",
         "is_cut",
         "open",
         "padding",
@@ -107,8 +127,10 @@ class Scope:
         #: Makes what records gradients; they are recorded by something that itself knows scopes.
         self.gradient_tape: Callable[[Scope], Any] | None = None
         self._gradients: Any = None
-        #: The model's arguments; how many padding tokens stand left of each prompt; how long the padded prompts are.
-        self.inputs: Mapping[str, Any] = {}
+        self._inputs: Mapping[str, Any] = _NO_INPUTS
+        self._rows: Rows | None = None
+        self._rows_of: Place | None = None
+        #: How many padding tokens stand left of each prompt; how long the padded prompts are.
         self.padding: Sequence[int] | None = None
         self.prompt_length = 0
         #: Values are rows of a larger batch.
@@ -116,34 +138,46 @@ class Scope:
         #: Until the batch is put together, what is asked of the input is recorded here.
         self.tape: Any = None
 
+    def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None, place: Place | None = None) -> None:
+        """Say what the model is called with, and which rows of it belong here; ``place`` is where they come from."""
+        self._inputs, self._rows, self._rows_of = inputs, rows, place
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The model's arguments by name."""
+        if self._rows is not None:
+            self._inputs, self._rows = self._rows.take(self._inputs, self._rows_of), None
+        return self._inputs
+
     def given(self, name: str, otherwise: Callable[[Scope], Any] | None = None) -> Any:
         """An argument of the model's; pending until the batch is put together."""
         return _given(self, name, otherwise) if self.tape is None else self.tape.record(_given, self, name, otherwise)
 
-    def proxy(self, value: Any, origin: Origin | None = None, is_call: bool = False, site: Site | None = None) -> Proxy:
+    def proxy(
+        self, value: Any, origin: Origin | Event | None = None, is_call: bool = False, site: Site | None = None
+    ) -> Proxy:
         """A proxy of ``value``, or of the call of a module, that lives in this scope; ``site`` is the user's line."""
         if not is_call:
             is_tensor = isinstance(value, torch.Tensor)
-            made = _alias(TensorProxy, value) if is_tensor else ObjectProxy.__new__(ObjectProxy)
+            made = _alias(TensorProxy, value) if is_tensor else _no_tensor(ObjectProxy)
         else:
             args, kwargs = value
             first = first_argument(value) if args or kwargs else None
             is_tensor = isinstance(first, torch.Tensor)
-            made = _alias(TensorInputProxy, first) if is_tensor else ObjectInputProxy.__new__(ObjectInputProxy)
-        return self._enter(made, value, origin, None, site)
+            made = _alias(TensorInputProxy, first) if is_tensor else _no_tensor(ObjectInputProxy)
+        return self._enter(made, value, origin, site)
 
     def pending(self, tape: Any, is_call: bool = False) -> Proxy:
         """A proxy of a value that has yet to arrive; what is done with it is recorded on ``tape``."""
-        return self._enter(_empty(TensorInputProxy if is_call else TensorProxy), PENDING, None, tape)
+        made = _empty(TensorInputProxy if is_call else TensorProxy)
+        _set(made, "_tape", tape)
+        return self._enter(made, PENDING, None)
 
-    def _enter(self, made: Any, value: Any, origin: Origin | None, tape: Any, site: Site | None = None) -> Proxy:
+    def _enter(self, made: Any, value: Any, origin: Origin | Event | None, site: Site | None = None) -> Proxy:
         _set(made, "_value", value)
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
         _set(made, "_site", site or user_site())
-        _set(made, "_saved", False)
-        _set(made, "_tape", tape)
-        _set(made, "_live", None)
         self._made.append(weakref.ref(made))
         if len(self._made) > self._limit:
             self._made = [each for each in self._made if each() is not None]
@@ -165,17 +199,19 @@ class Scope:
         if self._gradients is not None:
             self._gradients.give_up()
 
-    def wrap(self, value: Any, origin: Origin | None = None) -> Any:
+    def wrap(self, value: Any, origin: Origin | Event | None = None, site: Site | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
+        if type(value) is torch.Tensor:
+            return self._enter(_alias(TensorProxy, value), value, origin, site)
         if issubclass(type(value), Proxy) or callable(value):
             return value
         as_plain = as_plain_result(value)
-        return self.proxy(value, origin) if as_plain is NotImplemented else as_plain
+        return self.proxy(value, origin, site=site) if as_plain is NotImplemented else as_plain
 
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
-        self.inputs = {}
+        self._inputs, self._rows, self._rows_of = _NO_INPUTS, None, None
         self.tape = None
         if self._gradients is not None:
             self._gradients.drop()
@@ -185,11 +221,15 @@ class Scope:
             if proxy is None:
                 continue
             _set(proxy, "_origin", None)
-            _set(proxy, "_live", None)
-            if self.is_cut and proxy._saved:
+            if proxy._tape is not None:
+                # A tape and the proxies of its steps hold one another.
+                _set(proxy, "_tape", None)
+                _set(proxy, "_live", None)
+            saved = proxy._saved
+            if self.is_cut and saved:
                 _trim(proxy)
-            if not proxy._saved or proxy._value is PENDING:
-                _set(proxy, "_value", NEVER_CAME if proxy._saved else RELEASED)
+            if not saved or proxy._value is PENDING:
+                _set(proxy, "_value", NEVER_CAME if saved else RELEASED)
                 _let_go(proxy)
         self._made.clear()
 

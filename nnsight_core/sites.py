@@ -62,13 +62,17 @@ def _is_library_frame(frame: FrameType) -> bool:
     return found
 
 
-_recorded = threading.local()
+class _Recorded(threading.local):
+    site: Site | None = None
+
+
+_recorded = _Recorded()
 
 
 @contextmanager
 def on_behalf_of(site: Site) -> Iterator[None]:
     """While it lasts, what happens is the doing of the line ``site``, where it was recorded."""
-    before = getattr(_recorded, "site", None)
+    before = _recorded.site
     _recorded.site = site
     try:
         yield
@@ -77,11 +81,16 @@ def on_behalf_of(site: Site) -> Iterator[None]:
 
 
 def user_site() -> Site:
-    """The line of the user's own code that is at work: the innermost on the stack that is not a library's."""
-    recorded: Site | None = getattr(_recorded, "site", None)
+    """The line of the user's own code that is at work: the innermost on the stack that is not a library's.
+
+    Whoever calls this is taken for a library's without a look: making the frames of the stack visible is what costs.
+    """
+    recorded = _recorded.site
     if recorded is not None:
         return recorded
-    frame = user_frame()
+    frame = sys._getframe(2)
+    if _is_library.get(frame.f_code.co_filename) is not False:
+        frame = user_frame(frame)
     return Site(frame.f_code, frame.f_lasti)
 
 

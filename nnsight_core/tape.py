@@ -54,6 +54,8 @@ class Instruction:
         self.kwargs = kwargs
         self.result = result
         self.site = site
+        if asked is not None:
+            return
         #: torch's state in the body, under which the step is to be taken.
         self.state = thread_state.snapshot()
         self.versions = [(each, each._version) for each in _own_tensors((args, kwargs)) if not each.is_inference()]

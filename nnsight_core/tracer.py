@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class Tracer:
         has_input: False where the inputs are to come from invokes.
     """
 
+    #: How often the model has been run.
+    forward_passes = 0
+    _entered = False
+    _stopped = False
+    _pass: Pass | None = None
+    _batch: Call | None = None
+    #: The body being written.
+    _current: Part | None = None
+
     def __init__(self, model: Envoy, prepare: Prepare, combine: Combine, result: Envoy, has_input: bool) -> None:
         self._model = model
         self._root = model._tree.root
@@ -46,17 +55,10 @@ class Tracer:
         self._combine = combine
         self._has_input = has_input
         self._result = result
-        self._entered = False
-        self._stopped = False
-        self._pass: Pass | None = None
-        self._batch = Call(_nothing)
-        #: The bodies gathered for the next pass, all that there have been, and the one being written.
+        #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
-        self._current: Part | None = None
         self._backwards = Backwards()
-        #: How often the model has been run.
-        self.forward_passes = 0
 
     def __enter__(self) -> Tracer:
         if self._entered:
@@ -67,31 +69,36 @@ class Tracer:
         if self._has_input:
             try:
                 part = Part(self._root, self._prepare(), self._backwards)
-                self._begin(part)
+                self._begin(part, sys._getframe(1))
                 self._start_pass(part)
             except BaseException:
                 self._close()
                 raise
         return self
 
-    def _begin(self, part: Part) -> None:
+    def _begin(self, part: Part, frame: FrameType) -> None:
         self._gathered.append(part)
         self._parts.append(part)
         self._current = part
-        opened(part, user_frame())
+        opened(part, user_frame(frame))
 
     def _start_pass(self, live: Part | None) -> None:
         parts, self._gathered = self._gathered, []
         calls = [part.call for part in parts if part.call is not None]
         if not calls:
             raise MissingInputError(alone=True)
-        batch, sizes = (calls[0], [1]) if len(calls) == 1 else self._combine(calls)
-        # With beams, one prompt makes any number of rows.
-        flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
-        axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
-        rows = iter(rows_of(sizes, flattened, axes))
-        for part in parts:
-            part.place(None if part.call is None else next(rows), batch)
+        if len(calls) == 1:
+            batch = calls[0]
+            for part in parts:
+                part.place(None, batch)
+        else:
+            batch, sizes = self._combine(calls)
+            # With beams, one prompt makes any number of rows.
+            flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
+            axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
+            rows = iter(rows_of(sizes, flattened, axes))
+            for part in parts:
+                part.place(None if part.call is None else next(rows), batch)
         self._run(batch, parts, live)
 
     def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
@@ -115,6 +122,7 @@ class Tracer:
                 # They need values that came too late for them, and that are there now. Everybody goes through the
                 # further pass, so that each change is made in it and each value is what it would be in one pass.
                 undone = again
+                assert self._batch is not None
                 self._run(self._batch, running.parts, None)
 
     def __exit__(
@@ -145,7 +153,7 @@ class Tracer:
         finally:
             self._pass = None
             # What was traced may be large, and the tracer may outlive the block.
-            self._prepare, self._batch = None, Call(_nothing)
+            self._prepare = self._batch = None
             for part in self._parts:
                 closed(part)
                 part.scope.close()
@@ -184,7 +192,7 @@ class Tracer:
         assert self._prepare is not None
         part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None, self._backwards)
         part.record(self)
-        self._begin(part)
+        self._begin(part, sys._getframe(2))
 
     def _exit_invoke(self, failed: bool) -> None:
         part, self._current = self._current, None
@@ -336,7 +344,3 @@ class Invoker:
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         self._tracer._exit_invoke(failed=kind is not None)
-
-
-def _nothing() -> None:
-    return None

@@ -135,6 +135,8 @@ def first_tensor(value: Any) -> torch.Tensor:
     Raises:
         NoTensorError: there is none.
     """
+    if isinstance(value, torch.Tensor):
+        return value
     path = _path_to_first_tensor(value)
     if path is None:
         raise NoTensorError(value)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from nnsight_core.arguments import is_same_value
 from nnsight_core.envoy import Envoy
-from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
+from nnsight_core.sites import Site, user_site
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
 
@@ -38,10 +39,9 @@ class Place:
     put: Callable[[Any, Any], Any] = with_first_tensor
 
 
-def read(root: Envoy, place: Place, setting: bool = False) -> Any:
+def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = None) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
     scope = root.open_scope(place.label)
-    whole: Proxy = root.get(place.path).read(place.kind, place.label, setting)
 
     def get(value: Any) -> Any:
         return _by_prompt(place.get(value), scope)
@@ -49,7 +49,7 @@ def read(root: Envoy, place: Place, setting: bool = False) -> Any:
     def put(value: Any, part: Any) -> Any:
         return place.put(value, part.reshape(place.get(value).shape))
 
-    return whole.as_part(get, put)
+    return root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
 
 
 def write(root: Envoy, place: Place, value: Any) -> None:
@@ -58,7 +58,10 @@ def write(root: Envoy, place: Place, value: Any) -> None:
     Raises:
         ShapeError: ``value`` has another shape than what stands there.
     """
-    read(root, place, setting=True).update_value(_fitted, place.label, value)
+    current = read(root, place, setting=True)
+    # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.
+    if not is_same_value(current, value):
+        current.update_value(_fitted, place.label, value)
 
 
 def _fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:
@@ -162,12 +165,11 @@ class ValueAccess(Layers):
         return self._root.get(self.place(layer).path)
 
     def __getitem__(self, layer: int) -> Any:
-        return read(self._root, self.place(layer))
+        return read(self._root, self.place(layer), site=user_site())
 
     __call__ = __getitem__
 
     def __setitem__(self, layer: int, value: Any) -> None:
-        # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.
         write(self._root, self.place(layer), value)
 
 

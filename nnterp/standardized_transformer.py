@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
 from nnsight_core.scope import Scope
@@ -108,12 +109,14 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
 
     def _add_accessors(self) -> None:
         layers = self._plan.layers
+        # Were they to hold the model itself, which holds them, only the garbage collector could free it.
+        root = Envoy(self._module, "", self._tree)
 
         def values(name: str, kind: str, paths: Sequence[str | None], why_not: str) -> ValueAccess:
             places = [
                 Place(path, kind, f"{name}_{kind}[{index}]") if path else None for index, path in enumerate(paths)
             ]
-            return ValueAccess(self, f"{name}_{kind}", tuple(places), why_not)
+            return ValueAccess(root, f"{name}_{kind}", tuple(places), why_not)
 
         for name, role, starts, ends in (
             ("layers", "layers", [each.path for each in layers], [each.path for each in layers]),
@@ -125,7 +128,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             setattr(self, f"{name}_output", values(name, "output", ends, why_not))
             if name != "layers":
                 modules = tuple(getattr(each, role) for each in layers)
-                setattr(self, name, ModuleAccess(self, name, modules, why_not))
+                setattr(self, name, ModuleAccess(root, name, modules, why_not))
 
     @property
     def input_ids(self) -> Any:

@@ -1,8 +1,8 @@
 """What a test may not leave behind: a hook, a patched forward, a suspended greenlet, a changed torch setting.
 
 Walking every live object after every test would cost more than the tests. Instead every hook that torch hands out while
-a test runs is remembered (all of them are made as `RemovableHandle`), every greenlet that is switched to is remembered,
-and the modules that live for the whole session are compared with what they were.
+a test runs is remembered (all of them are made as `RemovableHandle`), every module that the engine hooks and every
+greenlet that is switched to as well, and the modules that live for the whole session are compared with what they were.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import greenlet
 import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
+
+from nnsight_core.hooks import HookBoard
 
 #: The modules that outlive a test, and so could carry something of it into the next.
 WATCHED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -76,10 +78,14 @@ class Watch:
         self._hooks_before = hooks_on(self._modules)
         self._state_before = process_state()
         self._handles: list[tuple[weakref.ref[dict[int, Any]], int]] = []
+        self._hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._greenlets: weakref.WeakSet[greenlet.greenlet] = weakref.WeakSet()
 
     def note_handle(self, handle: RemovableHandle) -> None:
         self._handles.append((handle.hooks_dict_ref, handle.id))
+
+    def note_hooks(self, modules: Iterable[torch.nn.Module]) -> None:
+        self._hooked.update(modules)
 
     def note_switch(self, event: str, switch: tuple[greenlet.greenlet, greenlet.greenlet]) -> None:
         self._greenlets.add(switch[1])
@@ -106,6 +112,10 @@ class Watch:
             hook = (reference() or {}).get(key)
             if hook is not None and not _is_own_affair(hook):
                 yield f"a hook is still registered: {hook!r}"
+        for module in self._hooked:
+            # The engine's own keys are negative; torch's are not.
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                yield from (f"a hook is still registered: {hook!r}" for key, hook in hooks.items() if key < 0)
 
     def _suspended(self) -> Iterator[str]:
         for one in self._greenlets:
@@ -120,11 +130,17 @@ def watching(modules: Iterable[torch.nn.Module] | None = None) -> Iterator[Watch
     watch = Watch(WATCHED if modules is None else modules)
     plain_init = RemovableHandle.__init__
     plain_trace = greenlet.gettrace()
+    plain_watch = HookBoard.watch
 
     @functools.wraps(plain_init)
     def remembering_init(self: RemovableHandle, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         watch.note_handle(self)
+
+    @functools.wraps(plain_watch)
+    def remembering_watch(self: HookBoard, module: torch.nn.Module, kind: str, ancestors: Any) -> None:
+        watch.note_hooks((module, *ancestors))
+        plain_watch(self, module, kind, ancestors)
 
     def remembering_trace(event: str, switch: tuple[greenlet.greenlet, greenlet.greenlet]) -> None:
         watch.note_switch(event, switch)
@@ -132,9 +148,11 @@ def watching(modules: Iterable[torch.nn.Module] | None = None) -> Iterator[Watch
             plain_trace(event, switch)
 
     RemovableHandle.__init__ = remembering_init
+    HookBoard.watch = remembering_watch  # type: ignore[method-assign]
     greenlet.settrace(remembering_trace)
     try:
         yield watch
     finally:
         greenlet.settrace(plain_trace)
+        HookBoard.watch = plain_watch  # type: ignore[method-assign]
         RemovableHandle.__init__ = plain_init

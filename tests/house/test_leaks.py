@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.modules import module as torch_module
 
+from nnsight_core.hooks import HookBoard
 from tests import leaks
 
 pytest_plugins = ["pytester"]
@@ -35,6 +36,14 @@ def expected(complaint: str, *modules: torch.nn.Module) -> Iterator[None]:
 @pytest.fixture
 def model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "skip"])
+def test_a_hook_of_the_engine_is_found(model: torch.nn.Module, kind: str) -> None:
+    board = HookBoard(lambda: None, lambda *_: None)
+    with expected("a hook is still registered"):
+        board.watch(model[0], kind, [model])
+    board.clear()
 
 
 @pytest.mark.parametrize(

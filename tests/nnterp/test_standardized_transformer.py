@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,20 @@ def test_the_closest_tokens_of_a_hidden_state(demo_gpt2: StandardizedTransformer
 
 def test_printing_the_model_shows_the_module_tree(demo_gpt2: StandardizedTransformer) -> None:
     assert str(demo_gpt2) == str(demo_gpt2._module)
+
+
+def test_a_model_is_gone_when_it_is_deleted_without_the_garbage_collector() -> None:
+    model = StandardizedTransformer(tiny_model("gpt2"), check_renaming=False)
+    module, root = weakref.ref(model._module), weakref.ref(model)
+    gc.disable()
+    try:
+        with model.trace(torch.tensor([[1, 2, 3]])):
+            model.layers_output[0] += 1
+            hidden = model.mlps_output[1].save()
+        with model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2) as tracer:
+            kept = [model.logits.save() for _ in tracer.iter[:]]
+        del model, tracer
+        assert root() is None and module() is None
+        assert hidden.shape[:2] == (1, 3) and len(kept) == 2
+    finally:
+        gc.enable()

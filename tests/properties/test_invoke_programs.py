@@ -364,7 +364,7 @@ def _first_rows(self: Rows, tensor: torch.Tensor, place: Any = None) -> tuple[sl
 WRONG = {
     "somebody else's rows": (Rows, "_range", _first_rows),
     "a write that spills": (Rows, "put", lambda self, value, part, place=None: self.take(part).expand_as(value)),
-    "a dropped write": (Event, "put", lambda self, value: None),
+    "a dropped write": (Event, "write", lambda self, value: None),
 }
 
 
@@ -378,9 +378,9 @@ def test_the_harness_catches(owner: Any, name: str, wrong: Any, monkeypatch: pyt
 def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     honest, kept = Scope.wrap, list[Any]()
 
-    def hoarding(self: Scope, value: Any, origin: Any = None) -> Any:
+    def hoarding(self: Scope, value: Any, origin: Any = None, site: Any = None) -> Any:
         kept.append(value)
-        return honest(self, value, origin)
+        return honest(self, value, origin, site)
 
     monkeypatch.setattr(Scope, "wrap", hoarding)
     with pytest.raises(AssertionError):
@@ -388,13 +388,14 @@ def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_harness_catches_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    stayed: list[Any] = []
+    left = list[HookBoard]()
 
     def careless(self: HookBoard) -> None:
-        stayed.extend([*self._waiting.values(), *self._armed.values()])
+        left.append(self)
 
-    monkeypatch.setattr(HookBoard, "clear", careless)
-    with pytest.raises(AssertionError):
-        check_program(*_two_writes())
-    for handle in stayed:
-        handle.remove()
+    with monkeypatch.context() as patched:
+        patched.setattr(HookBoard, "clear", careless)
+        with pytest.raises(AssertionError):
+            check_program(*_two_writes())
+    for board in left:
+        board.clear()

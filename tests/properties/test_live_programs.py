@@ -424,22 +424,23 @@ def test_the_harness_passes_a_right_engine() -> None:
 
 
 def test_the_harness_catches_a_dropped_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Event, "put", lambda self, value: None)
+    monkeypatch.setattr(Event, "write", lambda self, value: None)
     with pytest.raises(AssertionError):
         check_program(*_one_write())
 
 
 def test_the_harness_catches_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    stayed: list[Any] = []
+    left = list[HookBoard]()
 
     def careless(self: HookBoard) -> None:
-        stayed.extend([*self._waiting.values(), *self._armed.values()])
+        left.append(self)
 
-    monkeypatch.setattr(HookBoard, "clear", careless)
-    with pytest.raises(AssertionError):
-        check_program(*_one_write())
-    for handle in stayed:
-        handle.remove()
+    with monkeypatch.context() as patched:
+        patched.setattr(HookBoard, "clear", careless)
+        with pytest.raises(AssertionError):
+            check_program(*_one_write())
+    for board in left:
+        board.clear()
 
 
 def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
