@@ -31,6 +31,7 @@ from nnsight_core.errors import (
 )
 from nnsight_core.events import Event
 from nnsight_core.hooks import HookBoard, PlainCalls
+from nnsight_core.line_tracers import calls_go_on, calls_wait, stack_keeper
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 
 #: Called with a module, "input" or "output", and the value.
@@ -205,9 +206,14 @@ class Interleaver:
         guard = None
         if now != self._body_state:
             guard = thread_state.enter(self._body_state, now)
+        tracer = stack_keeper()
+        if tracer is not None:
+            calls_wait(tracer)
         try:
             self._body.switch()
         finally:
+            if tracer is not None:
+                calls_go_on(tracer)
             if guard is not None:
                 thread_state.leave(guard, now)
 

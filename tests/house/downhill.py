@@ -60,6 +60,7 @@ ORDER = (
     "nnsight_core/live.py",
     "nnsight_core/interleaver.py",
     "nnsight_core/asked.py",
+    "nnsight_core/line_tracers.py",
     "nnsight_core/order.py",
     "nnsight_core/thread_state.py",
     "nnsight_core/scope.py",
