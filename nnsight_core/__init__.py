@@ -3,6 +3,7 @@
 from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CallsNotCountedError,
     EditError,
     EmptyPromptError,
     GradientError,
@@ -16,9 +17,12 @@ from nnsight_core.errors import (
     NoTraceError,
     OrderError,
     OutOfOrderError,
+    PaddingError,
     PromptTooLongError,
+    RecomputedError,
     RecordingError,
     ReleasedValueError,
+    RowsError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
@@ -30,6 +34,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CallsNotCountedError",
     "EditError",
     "EmptyPromptError",
     "Envoy",
@@ -46,10 +51,13 @@ __all__ = [
     "NoTraceError",
     "OrderError",
     "OutOfOrderError",
+    "PaddingError",
     "PromptTooLongError",
     "Proxy",
+    "RecomputedError",
     "RecordingError",
     "ReleasedValueError",
+    "RowsError",
     "save",
     "StepNotRunError",
     "Tracer",

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.rows import Rows
@@ -29,9 +30,10 @@ class Asked:
         step: the run of the model in which it is wanted, counted from 0; None if it belongs to no run in particular.
         otherwise: something else that would do as well, whichever comes first.
         setting: it is asked for to be set.
+        call: which call of the module, counted from 0, and what counts them; None for the next that comes.
     """
 
-    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step")
+    __slots__ = ("ancestors", "call", "kind", "label", "module", "otherwise", "setting", "site", "step")
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class Asked:
         step: int | None = None,
         otherwise: Asked | None = None,
         setting: bool = False,
+        call: tuple[int, CallCounter] | None = None,
     ) -> None:
         self.module = module
         self.kind = kind
@@ -52,6 +55,7 @@ class Asked:
         self.step = step
         self.otherwise = otherwise
         self.setting = setting
+        self.call = call
 
     def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
         """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is
@@ -59,7 +63,12 @@ class Asked:
         """
         each: Asked | None = self
         while each is not None:
-            if each.module is module and each.kind == kind and (step is None or each.step is None or each.step == step):
+            if (
+                each.module is module
+                and each.kind == kind
+                and (step is None or each.step is None or each.step == step)
+                and (each.call is None or each.call[1].now == each.call[0])
+            ):
                 return True
             each = each.otherwise
         return False

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from nnsight_core.asked import Asked, View
+from nnsight_core.counting import CallCounter
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
@@ -38,6 +39,9 @@ class OpenTrace(Protocol):
 
     def next_step_of(self, module: torch.nn.Module) -> None:
         """From now on, ask ``module`` for the values of the next run."""
+
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """What counts the calls of the module that is ``asked`` for."""
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part of it that ``view`` shows, present or pending."""

@@ -48,7 +48,10 @@ class Event:
         """The value as a place to read and write: all of it, or the rows of one input of the batch."""
         if rows is None:
             return self
-        return Origin(self, lambda: rows.take(self.value), lambda part: self.write(rows.put(self.value, part)))
+        place = (self.module, self.kind, ())
+        return Origin(
+            self, lambda: rows.take(self.value, place), lambda part: self.write(rows.put(self.value, part, place))
+        )
 
     def check_writable(self) -> None:
         """Raises:

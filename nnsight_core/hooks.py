@@ -7,11 +7,13 @@ for themselves; a module that nobody asked for costs nothing.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
+from nnsight_core.compiled import Eager
+from nnsight_core.counting import CallCounter
 from nnsight_core.values import map_tensors
 
 #: Called with (module, "input" or "output", value); gives the changed value in a one-tuple, or None for no change.
@@ -60,6 +64,9 @@ class HookBoard:
         self._gates: dict[torch.nn.Module, Gate | None] = {}
         self._may_skip: set[torch.nn.Module] | None = None
         self._followed: RemovableHandle | None = None
+        self._begins: Callable[[], Any] = _nothing
+        self._counters: list[tuple[CallCounter, RemovableHandle]] | None = None
+        self._runs_eagerly = False
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
@@ -86,12 +93,22 @@ class HookBoard:
         if module not in self._hooked:
             self._put(module, _keeps_hooks_running)
             self._hooked[module] = False
+            if "_orig_mod" in module._modules:
+                self._run_eagerly()
 
     def _put(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             # It has no hooks, and torch says so.
             module.register_forward_hook(hook)
         module._forward_hooks[self._key] = hook
+        if module._compiled_call_impl is not None:
+            self._run_eagerly()
+
+    def _run_eagerly(self) -> None:
+        """What torch has compiled as a whole shows nothing of its inside, so this pass runs the modules themselves."""
+        if not self._runs_eagerly:
+            self._runs_eagerly = True
+            Eager.begin()
 
     def at_gate(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any] | None:
         """``module`` is about to compute: what it gives instead, in a one-tuple, or None to let it."""
@@ -101,7 +118,26 @@ class HookBoard:
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
-        self._followed = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
+        self._begins = begins
+        self._followed = module.register_forward_pre_hook(self._on_begin, prepend=True)
+
+    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
+        self._begins()
+
+    def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
+        """Let ``counter`` count the calls of ``module`` at which ``counts()``, before any value is delivered."""
+        counter.reset()
+        handle = module.register_forward_pre_hook(Counting(counts, counter), prepend=True)
+        self._counters = [*(self._counters or ()), (counter, handle)]
+
+    def reset_counters(self) -> None:
+        """The model runs once more in the same pass."""
+        for counter, _ in self._counters or ():
+            counter.reset()
+
+    def __reduce__(self) -> Any:
+        # A copy of the model that is made, or written to a file, meanwhile has nothing to do with this pass.
+        return _nobodys_board, ()
 
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
@@ -135,10 +171,35 @@ class HookBoard:
         if self._followed is not None:
             self._followed.remove()
             self._followed = None
+        for _, handle in self._counters or ():
+            handle.remove()
+        self._counters = None
+        if self._runs_eagerly:
+            self._runs_eagerly = False
+            Eager.end()
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
-        self.coroutine = self._deliver = _nothing
+        self.coroutine = self._deliver = self._begins = _nothing
+
+
+class Counting:
+    """The hook that counts calls."""
+
+    def __init__(self, counts: Callable[[], Any], counter: CallCounter) -> None:
+        self._counts = counts
+        self._counter = counter
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self._counts():
+            self._counter.begins()
+
+    def __reduce__(self) -> Any:
+        return Counting, (_nothing, CallCounter())
+
+
+def _nobodys_board() -> HookBoard:
+    return HookBoard(_nothing, _nothing)
 
 
 class Gate:
@@ -182,6 +243,13 @@ class Gate:
                     del self._module.__dict__["forward"]
                 else:
                     self._module.__dict__["forward"] = self.own
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "forward") if self.own is None else (self.own, "__call__")
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        module = copy.deepcopy(self._module, known)
+        return MethodType(type(module).forward, module) if self.own is None else copy.deepcopy(self.own, known)
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else they look at: the name, the documentation, what a decorator has left there.
@@ -253,7 +321,7 @@ class PlainCalls:
 @contextmanager
 def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
     """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
-    with _observing(modules, lambda module, kind, value: seen.append((module, kind))):
+    with noting(modules, lambda module, kind, value: seen.append((module, kind))):
         yield
 
 
@@ -265,12 +333,14 @@ def collecting(modules: Iterable[torch.nn.Module], kept: dict[tuple[torch.nn.Mod
         if (module, kind) not in kept:
             kept[module, kind] = map_tensors(lambda tensor: tensor.detach().clone(), value)
 
-    with _observing(modules, keep):
+    with noting(modules, keep):
         yield
 
 
 @contextmanager
-def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+def noting(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """While it lasts, ``note(module, "input" or "output", value)`` is called at every call of ``modules``."""
+
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         note(module, "input", (args, kwargs))
 
@@ -288,12 +358,25 @@ def _observing(modules: Iterable[torch.nn.Module], note: Callable[[torch.nn.Modu
             handle.remove()
 
 
+#: What one asks of a value for the sake of its gradient.
+NAMES_OF_GRADIENTS = frozenset({"grad", "retain_grad", "register_hook"})
+
+
 def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
     """Call ``arrived`` with the gradient of ``tensor`` in the next backward pass; ``.remove()`` takes it back."""
     return tensor.register_hook(arrived)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def copied_without_hooks(root: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+    """A copy of ``root`` without hooks and gates; ``known`` are the copies of what is not to be copied, by id."""
+    for module in root.modules():
+        for name in _HOOKS:
+            hooks = module.__dict__[name]
+            known[id(hooks)] = type(hooks)()
+    return copy.deepcopy(root, known)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,11 @@ from nnsight_core.errors import (
     InputError,
     MissingInputError,
     ModelNotFoundError,
+    PaddingError,
     PromptTooLongError,
 )
 from nnsight_core.model import NNsight
+from nnsight_core.padding import counted_positions, way_to_pad
 from nnsight_core.passes import Call
 from nnsight_core.tracer import Tracer
 
@@ -159,10 +160,13 @@ class LanguageModel(NNsight):
                     "Pad on the left (tokenizer.padding_side = 'left'), or give the prompts as text."
                 )
             padding = _left_padding(mask)
-            accepted = inspect.signature(self._module.forward).parameters
-            if "position_ids" in accepted and "position_ids" not in kwargs:
-                # Models that learn a vector for each position would otherwise count the padding.
-                batch.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+            if "position_ids" not in kwargs and "position_ids" not in batch:
+                way = way_to_pad(self._module, ids, mask, self._filler())
+                if way == "impossible":
+                    raise PaddingError(type(self._module).__name__)
+                if way == "counted":
+                    # Models that learn a vector for each position would otherwise count the padding.
+                    batch["position_ids"] = counted_positions(mask)
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
 
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
@@ -177,7 +181,7 @@ class LanguageModel(NNsight):
         for each, length in zip(tokens, lengths, strict=True) if masked else ():
             each.setdefault("attention_mask", torch.ones_like(each["input_ids"]))
             if counted:
-                each.setdefault("position_ids", (each["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+                each.setdefault("position_ids", counted_positions(each["attention_mask"]))
             if length < longest:
                 for name, value in each.items():
                     filler = self._filler() if name == "input_ids" else 0

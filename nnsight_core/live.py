@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nnsight_core.asked import Asked
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.hooked_calls import given_before
@@ -56,6 +57,14 @@ class LiveClient:
     def keeps(self, module: torch.nn.Module, kind: str) -> bool:
         """Whether it may yet ask for what a call gives: nobody knows what a body does next."""
         return True
+
+    def count(self, counter: CallCounter, asked: Asked) -> None:
+        """Let ``counter`` count the calls of the module that is ``asked`` for.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and the module may have been called already.
+        """
+        self._interleaver.count(asked.module, counter, asked)
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""

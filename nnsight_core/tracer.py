@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from nnsight_core.arguments import save
+from nnsight_core.batch_axes import BatchAxes
 from nnsight_core.cache import Cache, CacheOptions
 from nnsight_core.current import closed, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
+from nnsight_core.gradients import Backwards
 from nnsight_core.passes import Call, Part, Pass
 from nnsight_core.rows import rows_of
 from nnsight_core.sites import user_frame, user_site
@@ -55,7 +57,8 @@ class Tracer:
         self._combine = combine
         self._has_input = has_input
         self._result = result
-        self._edits = EditRuns(model._tree, self) if model._tree.edits else None
+        self._backwards = Backwards()
+        self._edits = EditRuns(model._tree, self, self._backwards) if model._tree.edits else None
         #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
@@ -69,7 +72,7 @@ class Tracer:
         self._entered = True
         if self._has_input:
             try:
-                part = Part(self._root, self._prepare())
+                part = Part(self._root, self._prepare(), self._backwards)
                 self._begin(part, sys._getframe(1))
                 self._start_pass(part)
             except BaseException:
@@ -96,8 +99,9 @@ class Tracer:
         else:
             batch, sizes = self._combine(calls)
             # With beams, one prompt makes any number of rows.
-            flattened = None if batch.runs_repeatedly or not batch.prompt_length else (batch.prompt_length,)
-            rows = iter(rows_of(sizes, flattened))
+            flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
+            axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
+            rows = iter(rows_of(sizes, flattened, axes))
             for part in parts:
                 part.place(None if part.call is None else next(rows), batch)
         self._run(batch, parts, live)
@@ -195,7 +199,7 @@ class Tracer:
         if self._current is not None:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
         assert self._prepare is not None
-        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None)
+        part = Part(self._root, self._prepare(*inputs, **kwargs) if inputs or kwargs else None, self._backwards)
         part.record(self)
         self._begin(part, sys._getframe(2))
 
