@@ -330,3 +330,13 @@ def test_transformers_own_checkpointing_gives_the_same_gradients() -> None:
         found[-1].append(nnsight_core.save(module.model.embed_tokens.weight.grad.clone()))
     for plain, again in zip(*found, strict=True):
         assert torch.equal(getattr(plain, "value", plain), getattr(again, "value", again))
+
+
+def test_a_gradient_of_an_edit_comes_with_the_backward_pass_of_the_trace() -> None:
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+    model = NNsight(torch.nn.Sequential(first, second))
+    with model.edit() as edited:
+        gradient = edited[0].output.grad.save()
+    with edited.trace(torch.ones(2, 3)):
+        edited.output.sum().backward()
+    torch.testing.assert_close(gradient.value, second.weight.detach().sum(0).expand(2, 3))

@@ -166,3 +166,23 @@ def test_in_a_generation_calls_are_counted_in_each_step() -> None:
     assert len(found) == len(seen) == 6
     for one, other in zip(found, seen, strict=True):
         assert torch.equal(one.value, other)
+
+
+def test_an_edit_asks_for_calls_by_number(net: Loop, model: NNsight) -> None:
+    with model.edit() as edited:
+        edited.layer.calls[2].output = edited.layer.calls[2].output * 3.0
+    for _ in range(2):
+        with edited.trace(X):
+            out = edited.output.save()
+        torch.testing.assert_close(out.value, hidden_by_hand(net, X, {2: 3.0})[-1])
+
+
+def test_what_a_body_runs_itself_has_no_number(net: Loop, model: NNsight) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(X):
+            model.layer(model.layer.calls[0].output, hook=True)
+            one = model.layer.calls[2].output.save()
+        with tracer.invoke(-X):
+            other = model.layer.calls[2].output.save()
+    torch.testing.assert_close(one.value, hidden_by_hand(net, X)[2])
+    torch.testing.assert_close(other.value, hidden_by_hand(net, -X)[2])
