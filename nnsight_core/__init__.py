@@ -3,6 +3,7 @@
 from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CallsNotCountedError,
     EditError,
     EmptyPromptError,
     GradientError,
@@ -19,7 +20,9 @@ from nnsight_core.errors import (
     OptionError,
     OrderError,
     OutOfOrderError,
+    PaddingError,
     PromptTooLongError,
+    RecomputedError,
     RecordingError,
     ReleasedValueError,
     RemoteError,
@@ -38,6 +41,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CallsNotCountedError",
     "EditError",
     "EmptyPromptError",
     "Envoy",
@@ -58,8 +62,10 @@ __all__ = [
     "OptionError",
     "OrderError",
     "OutOfOrderError",
+    "PaddingError",
     "PromptTooLongError",
     "Proxy",
+    "RecomputedError",
     "RecordingError",
     "ReleasedValueError",
     "RemoteError",

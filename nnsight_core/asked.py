@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.rows import Rows
@@ -31,9 +32,21 @@ class Asked:
         otherwise: something else that would do as well, whichever comes first.
         setting: it is asked for to be set.
         written_over: the model goes on to write into the value, so that what is read has to be kept apart from it.
+        call: which call of the module, counted from 0, and what counts them; None for the next that comes.
     """
 
-    __slots__ = ("ancestors", "kind", "label", "module", "otherwise", "setting", "site", "step", "written_over")
+    __slots__ = (
+        "ancestors",
+        "call",
+        "kind",
+        "label",
+        "module",
+        "otherwise",
+        "setting",
+        "site",
+        "step",
+        "written_over",
+    )
 
     def __init__(
         self,
@@ -46,6 +59,7 @@ class Asked:
         otherwise: Asked | None = None,
         setting: bool = False,
         written_over: bool = False,
+        call: tuple[int, CallCounter] | None = None,
     ) -> None:
         self.module = module
         self.kind = kind
@@ -56,6 +70,7 @@ class Asked:
         self.otherwise = otherwise
         self.setting = setting
         self.written_over = written_over
+        self.call = call
 
     def is_answered_by(self, module: torch.nn.Module, kind: str, step: int | None) -> bool:
         """Whether the value of ``kind`` of ``module`` is what is asked for; ``step`` is the run of the model that is
@@ -63,7 +78,12 @@ class Asked:
         """
         each: Asked | None = self
         while each is not None:
-            if each.module is module and each.kind == kind and (step is None or each.step is None or each.step == step):
+            if (
+                each.module is module
+                and each.kind == kind
+                and (step is None or each.step is None or each.step == step)
+                and (each.call is None or each.call[1].now == each.call[0])
+            ):
                 return True
             each = each.otherwise
         return False

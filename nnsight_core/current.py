@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from nnsight_core.asked import Asked, View
+from nnsight_core.counting import CallCounter
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_frame
@@ -44,6 +45,9 @@ class OpenTrace(Protocol):
 
     def operations(self, module: torch.nn.Module) -> list[tuple[str, Site]] | None:
         """The operations that ``module`` calls in this trace, with their lines; None if it is not called."""
+
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """What counts the calls of the module that is ``asked`` for."""
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part of it that ``view`` shows, present or pending."""

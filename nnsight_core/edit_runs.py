@@ -11,8 +11,10 @@ import torch
 
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
+from nnsight_core.counting import CallCounter
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
 from nnsight_core.errors import NNsightError, RecordingError, StepNotRunError
+from nnsight_core.gradients import Backwards
 from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.interleaver import Interleaver
@@ -49,7 +51,7 @@ class EditRun:
         self.number = number
         self._edit = edit
         self._live = live
-        self.part = Part(runs.tree.root, None)
+        self.part = Part(runs.tree.root, None, runs.backwards)
         self.part.record(runs)
         self.part.scope.run = number
         tape = self.part.tape
@@ -58,17 +60,20 @@ class EditRun:
         self.results: dict[int, Proxy] = {}
         for index, step in steps_in(edit, number):
             exchange = partial(self._exchanged, runs, step.function in _HAND_ON)
-            asked = None if step.asked is None else self._asked(step.asked, runs.tree)
+            asked = None if step.asked is None else self._asked(step.asked, runs)
             is_call = asked is not None and asked.is_call
             args, kwargs = mapped(step.args, exchange), mapped(step.kwargs, exchange)
             result = self.results[index] = self.part.scope.pending(tape, is_call, step.site)
             tape.instructions.append(step.again(asked, args, kwargs, result))
 
-    def _asked(self, asked: Asked, tree: Tree) -> Asked:
+    def _asked(self, asked: Asked, runs: EditRuns) -> Asked:
         step = None if asked.step is None else self.number
-        ancestors = tree.ancestors(asked.module)
+        ancestors = runs.tree.ancestors(asked.module)
         question = (asked.module, asked.kind, asked.label, asked.site, ancestors, step)
-        return Asked(*question, setting=asked.setting, written_over=asked.written_over)
+        again = Asked(*question, setting=asked.setting, written_over=asked.written_over)
+        if asked.call is not None:
+            again.call = asked.call[0], runs.counter_of(asked.module)
+        return again
 
     def _exchanged(self, runs: EditRuns, hand_on: bool, value: Any) -> Any:
         if value is SCOPE:
@@ -95,10 +100,12 @@ class EditRuns:
     Args:
         tree: the model.
         tracer: who records what the script does in the trace.
+        backwards: the backward passes of the trace.
     """
 
-    def __init__(self, tree: Tree, tracer: Recorder) -> None:
+    def __init__(self, tree: Tree, tracer: Recorder, backwards: Backwards) -> None:
         self.tree = tree
+        self.backwards = backwards
         self._edits = tree.edits
         self._tracer = weakref.ref(tracer)
         self._expected: dict[Edit, EditRun] = {}
@@ -106,9 +113,17 @@ class EditRuns:
         # Of the runs themselves only the latest is kept, for they hold values.
         self._scopes: list[Scope] = []
         self._clients: list[EditClient] = []
+        asked = [step.asked for edit in self._edits for step in edit.instructions if step.asked is not None]
+        self._counters = {each.module: CallCounter() for each in asked if each.call is not None}
+
+    def counter_of(self, module: torch.nn.Module) -> CallCounter:
+        """What counts the calls of a module that an edit asks for by number."""
+        return self._counters[module]
 
     def start(self, interleaver: Interleaver, batch: Call, clients: dict[Tape, TapeClient]) -> None:
         """A pass begins: let the edits have the first turn at every value."""
+        for module, counter in self._counters.items():
+            interleaver.count_from_start(module, counter)
         self._clients = [EditClient(edit, self, interleaver, batch) for edit in self._edits]
         for client in self._clients:
             interleaver.enrol(client)
@@ -186,6 +201,9 @@ class EditClient(TapeClient):
         interleaver: the turns of the pass.
         batch: the call that is made.
     """
+
+    #: An edit has a part in whatever the trace does.
+    shares_backward = True
 
     def __init__(self, edit: Edit, runs: EditRuns, interleaver: Interleaver, batch: Call) -> None:
         run = runs.begin(edit, 0)

@@ -11,11 +11,12 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.bytecode import drops_result, unpacks_result
+from nnsight_core.counting import CallCounter
 from nnsight_core.current import closed, open_trace, opened
 from nnsight_core.edits import LOOKED_AT, Edit, Edits
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import EditError, RecordingError
-from nnsight_core.gradients import GradientTape
+from nnsight_core.gradients import Backwards
 from nnsight_core.order import observed_operations
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
@@ -39,7 +40,7 @@ class EditPart:
         self.tree = tree
         self.root: torch.nn.Module = tree.root
         self.scope = Scope()
-        self.scope.gradient_tape = GradientTape
+        self.scope.gradient_tape = Backwards().tape
         self.scope.give_inputs(_NoInputs())
         self.edit = Edit(self.scope, self, tree.root, name)
         self.scope.tape = self.edit
@@ -54,6 +55,10 @@ class EditPart:
         """
         mend = "Say for which steps it is:\n    editor = model.edit()\n    with editor as edited, editor.iter[1]: ..."
         raise EditError("An edit is done in every run of the model, so that there is no next one.", user_site(), mend)
+
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """Nothing is counted while an edit is written; each trace has counters of its own."""
+        return CallCounter()
 
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The pending value, or the part of it that ``view`` shows."""

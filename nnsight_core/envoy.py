@@ -10,6 +10,7 @@ import torch
 
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
+from nnsight_core.calls import Calls
 from nnsight_core.current import OpenTrace, open_trace
 from nnsight_core.errors import NameTakenError, NoSuchEntryError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope, hooked_call
@@ -63,6 +64,9 @@ class Envoy:
         return envoy
 
     def __getattr__(self, name: str) -> Any:
+        if "_children" not in self.__dict__ or name.startswith("__"):
+            # A copy asks while it is still empty.
+            raise AttributeError(name)
         module = self.__dict__["_module"]
         names = self.__dict__["_names"]
         if names and name in names:
@@ -70,8 +74,6 @@ class Envoy:
         child = module._modules.get(name)
         if child is not None:
             return self._child(name, child)
-        if name.startswith("__"):
-            raise AttributeError(name)
         try:
             return getattr(module, name)
         except AttributeError:
@@ -230,6 +232,7 @@ class Envoy:
         setting: bool = False,
         site: Site | None = None,
         view: View | None = None,
+        call: int | None = None,
     ) -> Any:
         """The value of ``kind`` as a proxy: ``"input"``, ``"output"``, or an operation's ``"source.softmax_0.output"``.
 
@@ -239,6 +242,7 @@ class Envoy:
             setting: it is asked for to be set.
             site: the user's line, if that is known.
             view: shows a part of the value in its place.
+            call: which call of the module, counted from 0; None for the next that comes.
 
         Raises:
             NoTraceError: no trace of the model is open here.
@@ -252,9 +256,11 @@ class Envoy:
         step = None if self._is_result else trace.step_of(module)
         over = module in tree.written_over and kind == "output"
         asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting, over)
+        if call is not None:
+            asked.call = call, trace.counter_of(asked)
         return trace.ask(asked, view)
 
-    def write(self, kind: str, value: Any, label: str | None = None) -> None:
+    def write(self, kind: str, value: Any, label: str | None = None, call: int | None = None) -> None:
         """Let the model go on with ``value`` as this module's ``kind``; raises what :meth:`read` raises.
 
         A plain number in the place of a tensor fills the tensor. For inputs, a pair ``(args, kwargs)`` replaces the
@@ -264,7 +270,7 @@ class Envoy:
             raise ValueError(
                 f"{label or self._label(kind)} cannot be set to None: torch takes a None from a hook for 'no change'."
             )
-        current = self.read(kind, label, True, user_site())
+        current = self.read(kind, label, True, user_site(), call=call)
         if is_same_value(current, value):
             # After `module.output += x` Python sets the very proxy that was read and changed.
             return
@@ -322,11 +328,32 @@ class Envoy:
         Raises:
             OutOfOrderError: the module has run already.
         """
-        label = self._label("skip(...)")
+        self.skip_call(value, self._label("skip(...)"))
+
+    def skip_call(self, value: Any, label: str, call: int | None = None) -> None:
+        """:meth:`skip` for one call of several; ``label`` is how errors are to call it."""
         if self._trace(label).is_alone:
-            self.read("skip", label, setting=True).set_result(value)
+            self.read("skip", label, setting=True, call=call).set_result(value)
         else:
-            self.write("output", value, label)
+            self.write("output", value, label, call=call)
+
+    @property
+    def calls(self) -> Calls:
+        """The calls of a module that runs several times in a pass: ``module.calls[2].output``, counted from 0.
+
+        Without a number, ``module.output`` is the first call that the pass has not gone by. Numbers are counted from
+        the start of a pass, so ask for one before the first value of it, or keep ``calls = module.calls`` there.
+        """
+        return Calls(self).counted()
+
+    def count_calls(self, label: str) -> None:
+        """Count the calls of this module in the open trace; ``label`` is how errors are to call what needs it.
+
+        Raises:
+            CallsNotCountedError: the pass is under way already.
+        """
+        trace = self._trace(label)
+        trace.counter_of(Asked(self._module, "input", label, user_site(), ()))
 
     def next(self, increment: int = 1) -> Envoy:
         """The same module in the next generation step: ``model.lm_head.next().output``."""

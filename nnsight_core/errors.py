@@ -4,12 +4,14 @@
     ├── OrderError
     │   ├── OutOfOrderError      a value was asked for after the forward pass had gone by it
     │   ├── ModuleNotRunError    the module does not run in this pass at all
+    │   ├── CallsNotCountedError a call was asked for by number when the pass was under way
     │   ├── StepNotRunError      a generation step was asked for that did not come
     │   └── TraceStoppedError    a value was asked for after tracer.stop()
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── GradientError            a gradient that is not there, or cannot be
+    ├── RecomputedError          a change that gradient checkpointing would not make again
     ├── NoTraceError             a value was asked for outside a trace
-    ├── RowsError                the rows of one invoke cannot be told in a value inside a module
+    ├── RowsError                a value whose rows cannot be told apart among the inputs of a batch
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
@@ -24,6 +26,7 @@
     └── InputError
         ├── MissingInputError    a trace without anything to run on
         ├── EmptyPromptError     a prompt without a token
+        ├── PaddingError         prompts of different lengths for a model that cannot be padded
         ├── PromptTooLongError   a prompt beyond the model's context length
         └── ModelNotFoundError   a name or folder that holds no model
 
@@ -116,6 +119,18 @@ class ModuleNotRunError(OrderError):
         )
 
 
+class CallsNotCountedError(OrderError):
+    """A call of a module was asked for by its number, and nobody has counted the calls before."""
+
+    def __init__(self, asked: str, asked_at: Site) -> None:
+        name = asked.partition(".calls")[0]
+        super().__init__(
+            f"{asked} was asked for when the pass was under way, and the calls before had not been counted.\n"
+            f"{_table([('asked for', asked, asked_at)])}\n"
+            f"Write this at the start of the trace, before you ask for any value:\n    calls = model.{name}.calls"
+        )
+
+
 class StepNotRunError(OrderError):
     """A generation step was asked for that did not come: the end of the sequence, or of the tokens asked for."""
 
@@ -167,6 +182,17 @@ class GradientError(NNsightError):
         )
 
 
+class RecomputedError(NNsightError):
+    """A value was changed that gradient checkpointing computes a second time, without the change."""
+
+    def __init__(self, label: str, site: Site) -> None:
+        super().__init__(
+            f"{label} was changed inside a checkpointed module.\n{_table([('changed', label, site)])}\n"
+            "The backward pass would compute it again, as it was, and give wrong gradients.\n"
+            "Turn checkpointing off, or trace under torch.no_grad() if you want no gradients."
+        )
+
+
 class NoTraceError(NNsightError):
     """A value was asked for where no trace of its model is open."""
 
@@ -190,18 +216,6 @@ class ReleasedValueError(NNsightError, ValueError):
         super().__init__(
             f"Accessing Proxy value before it's been set: {what[0]}\n"
             f"{_table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
-        )
-
-
-class RowsError(NNsightError):
-    """In a value inside a module it cannot be told which part belongs to one input of the batch."""
-
-    def __init__(self, shape: tuple[int, ...], total: int, site: Site, setting: bool = False) -> None:
-        what = "belongs to all alike and cannot be set for one" if setting else "may or may not have rows of each"
-        super().__init__(
-            f"A value of shape {shape} inside a module {what} of the {total} rows of the batch.\n"
-            f"{_table([('at', site.source or 'this line', site)])}\n"
-            "Give this input a trace of its own, or see the whole batch in an invoke without input: tracer.invoke()."
         )
 
 
@@ -237,6 +251,17 @@ _ELSEWHERE = {
     "iter": "A block runs once. For some generation steps, write: for step in tracer.iter[1:3]: ...",
     "list": "A list is plain Python here. Write: kept = save([])",
 }
+
+
+class RowsError(NNsightError):
+    """An invoke asked for, or changed, what cannot be divided among the inputs of its batch."""
+
+    def __init__(self, what: str, site: Site) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
+            "Work on it in an invoke without input, which sees the whole batch, or in a trace of this input alone."
+        )
 
 
 class NoSuchModuleError(NNsightError, AttributeError):
@@ -334,6 +359,17 @@ class EmptyPromptError(InputError):
         if count == 0:
             which = "The list of prompts is empty"
         super().__init__(f"{which}: there is no token to run the model on.\nGive at least one token of text.")
+
+
+class PaddingError(InputError):
+    """Prompts of different lengths were put into one batch, and the model lets padding change their numbers."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model} gives other numbers to a prompt that is padded on the left than to the prompt alone: it counts\n"
+            "the padding as positions, or lets it run through its state. So prompts of different lengths cannot share\n"
+            "a batch. Give prompts with the same number of tokens, or trace them one after the other."
+        )
 
 
 class PromptTooLongError(InputError):

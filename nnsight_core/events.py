@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from nnsight_core.errors import OutOfOrderError
+from nnsight_core.operations import Memory
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
-
-#: Whose memory a value is: its own, what others hold as well, or what they hold and an operation has just changed.
-Memory = Literal["own", "shared", "in place"]
 
 
 class Event:
@@ -75,7 +73,10 @@ class Event:
         """The value as a place to read and write: all of it, or the rows of one input of the batch."""
         if rows is None:
             return self
-        return Origin(self, lambda: rows.take(self.value), lambda part: self.write(rows.put(self.value, part)))
+        place = (self.module, self.kind, ())
+        return Origin(
+            self, lambda: rows.take(self.value, place), lambda part: self.write(rows.put(self.value, part, place))
+        )
 
     def check_writable(self) -> None:
         """Raises:

@@ -19,7 +19,7 @@ def call_hooked(interleaver: Interleaver, client: Client, module: torch.nn.Modul
     site = user_site()
 
     def note(module: torch.nn.Module, kind: str, value: Any) -> None:
-        client.given[module, kind] = PastEvent(module, kind, value, site, client.rows, interleaver.step)
+        client.given[module, kind] = PastEvent(module, kind, value, site, client.rows, interleaver.run_of_now)
 
     places = [(each, kind) for each in module.modules() for kind in ("input", "output")]
     kept = [(each, kind) for each, kind in places if client.keeps(each, kind)]
@@ -40,7 +40,8 @@ def given_before(interleaver: Interleaver, client: Client, asked: Asked) -> Even
         OutOfOrderError: it is asked for to be set, and the call is over.
     """
     past = client.given.get((asked.module, asked.kind))
-    if past is None or not asked.is_answered_by(asked.module, asked.kind, past.step):
+    # The calls that have numbers are the model's own.
+    if past is None or asked.call is not None or not asked.is_answered_by(asked.module, asked.kind, past.step):
         return None
     past.label = asked.label
     if asked.setting:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
+from nnsight_core.compiled import Eager
+from nnsight_core.counting import CallCounter
 from nnsight_core.operations import Tap, is_operation
 from nnsight_core.taps import Deliver, Taps
 from nnsight_core.values import map_tensors
@@ -63,6 +65,9 @@ class HookBoard:
         self._followed: RemovableHandle | None = None
         self._taps: Taps | None = None
         self._ends: tuple[RemovableHandle, ...] = ()
+        self._begins: Callable[[], Any] = _nothing
+        self._counters: list[tuple[CallCounter, RemovableHandle]] | None = None
+        self._runs_eagerly = False
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
@@ -95,12 +100,22 @@ class HookBoard:
         if module not in self._hooked:
             self._put(module, _keeps_hooks_running)
             self._hooked[module] = False
+            if "_orig_mod" in module._modules:
+                self._run_eagerly()
 
     def _put(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             # It has no hooks, and torch says so.
             module.register_forward_hook(hook)
         module._forward_hooks[self._key] = hook
+        if module._compiled_call_impl is not None:
+            self._run_eagerly()
+
+    def _run_eagerly(self) -> None:
+        """What torch has compiled as a whole shows nothing of its inside, so this pass runs the modules themselves."""
+        if not self._runs_eagerly:
+            self._runs_eagerly = True
+            Eager.begin()
 
     def announce(self, module: torch.nn.Module, ancestors: Iterable[torch.nn.Module] = ()) -> Taps:
         """Operations of ``module`` are going to be asked for: they are counted from the start of its next call on."""
@@ -150,7 +165,26 @@ class HookBoard:
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
-        self._followed = module.register_forward_pre_hook(lambda m, args: begins(), prepend=True)
+        self._begins = begins
+        self._followed = module.register_forward_pre_hook(self._on_begin, prepend=True)
+
+    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
+        self._begins()
+
+    def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
+        """Let ``counter`` count the calls of ``module`` at which ``counts()``, before any value is delivered."""
+        counter.reset()
+        handle = module.register_forward_pre_hook(Counting(counts, counter), prepend=True)
+        self._counters = [*(self._counters or ()), (counter, handle)]
+
+    def reset_counters(self) -> None:
+        """The model runs once more in the same pass."""
+        for counter, _ in self._counters or ():
+            counter.reset()
+
+    def __reduce__(self) -> Any:
+        # A copy of the model that is made, or written to a file, meanwhile has nothing to do with this pass.
+        return _nobodys_board, ()
 
     def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
@@ -189,11 +223,36 @@ class HookBoard:
         for handle in self._ends:
             handle.remove()
         self._ends = ()
+        for _, handle in self._counters or ():
+            handle.remove()
+        self._counters = None
+        if self._runs_eagerly:
+            self._runs_eagerly = False
+            Eager.end()
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
-        self.coroutine = self._deliver = _nothing
+        self.coroutine = self._deliver = self._begins = _nothing
         self._taps = None
+
+
+class Counting:
+    """The hook that counts calls."""
+
+    def __init__(self, counts: Callable[[], Any], counter: CallCounter) -> None:
+        self._counts = counts
+        self._counter = counter
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self._counts():
+            self._counter.begins()
+
+    def __reduce__(self) -> Any:
+        return Counting, (_nothing, CallCounter())
+
+
+def _nobodys_board() -> HookBoard:
+    return HookBoard(_nothing, _nothing)
 
 
 class Gate:
@@ -237,6 +296,13 @@ class Gate:
                     del self._module.__dict__["forward"]
                 else:
                     self._module.__dict__["forward"] = self.own
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "forward") if self.own is None else (self.own, "__call__")
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        module = copy.deepcopy(self._module, known)
+        return MethodType(type(module).forward, module) if self.own is None else copy.deepcopy(self.own, known)
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else they look at: the name, the documentation, what a decorator has left there.
@@ -360,6 +426,10 @@ def observing(
     finally:
         for handle in handles:
             handle.remove()
+
+
+#: What one asks of a value for the sake of its gradient.
+NAMES_OF_GRADIENTS = frozenset({"grad", "retain_grad", "register_hook"})
 
 
 def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:

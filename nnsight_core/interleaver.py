@@ -21,21 +21,25 @@ from torch.overrides import TorchFunctionMode
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import (
+    CallsNotCountedError,
     ModuleNotRunError,
     NNsightError,
     OutOfOrderError,
+    RecomputedError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
 )
-from nnsight_core.events import Event, Memory
+from nnsight_core.events import Event
 from nnsight_core.forward_pass import ForwardPass, Unwind
 from nnsight_core.hooks import HookBoard, PlainCalls
+from nnsight_core.line_tracers import calls_go_on, calls_wait, stack_keeper
 from nnsight_core.observers import Note, Observers
-from nnsight_core.operations import is_operation
+from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
-from nnsight_core.sites import Site, user_site
+from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 from nnsight_core.values import map_tensors
 from nnsight_core.witness import Order, missing_operation, verdict
 
@@ -117,9 +121,7 @@ class Interleaver:
         note: Note,
         rows: Rows | None = None,
     ) -> None:
-        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with; cut to
-        ``rows`` of the batch.
-        """
+        """Call ``note(module, kind, value)`` at every call, with ``rows`` of what the model goes on with."""
         self._observers.add(module, kind, note, rows)
         self.hooks.watch(module, kind, ancestors)
 
@@ -149,7 +151,32 @@ class Interleaver:
 
     def fits(self, asked: Asked, event: Event | None) -> bool:
         """Whether ``event`` is what is asked for."""
-        return event is not None and asked.is_answered_by(event.module, event.kind, self.step)
+        is_here = event is not None and asked.is_answered_by(event.module, event.kind, self.run_of_now)
+        return is_here and (asked.call is None or not self._calls_under_way)
+
+    @property
+    def run_of_now(self) -> int | None:
+        """The run of the model that values belong to; what runs before the first, an encoder, belongs to it."""
+        return 0 if self.step == -1 else self.step
+
+    def count(self, module: torch.nn.Module, counter: CallCounter, asked: Asked) -> None:
+        """Let ``counter`` count the calls of ``module``.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and ``module`` may have been called already.
+        """
+        forward = self._forward()
+        if forward is None or forward.dead or bool(forward):
+            raise CallsNotCountedError(asked.label, asked.site)
+        self.count_from_start(module, counter)
+
+    def count_from_start(self, module: torch.nn.Module, counter: CallCounter) -> None:
+        """Let ``counter`` count the calls of ``module`` in a pass that has yet to begin."""
+        self.hooks.count(module, counter, self._is_model_at_work)
+
+    def _is_model_at_work(self) -> bool:
+        """Whether what is called now is called by the model itself."""
+        return not (self._is_aside or self._calls_under_way) and getcurrent() is self._forward()
 
     def give_up(self, client: Client) -> None:
         """``client`` does not wait any more."""
@@ -193,6 +220,9 @@ class Interleaver:
         finally:
             event.current = False
             self.event, self._is_aside = outer, False
+        if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
+            self._failure = RecomputedError(event.label, event.site)
+            raise Unwind from self._failure
         if self._observers:
             self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
@@ -204,10 +234,11 @@ class Interleaver:
 
     def _those_waiting(self, module: torch.nn.Module, kind: str) -> list[Client]:
         """Who waits for this value, in the order of turns."""
-        step = self.step
+        step = self.run_of_now
         clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
-        if self._rows is not None:
-            clients = [each for each in clients if self._is_seen_by(each.rows)]
+        if self._calls_under_way:
+            # The calls that have numbers are the model's own.
+            clients = [each for each in clients if self._waiting[each].call is None and self._is_seen_by(each.rows)]
         if len(clients) > 1:
             clients.sort(key=self._order.__getitem__)
         return clients
@@ -222,14 +253,19 @@ class Interleaver:
         guard = None
         if now != self._body_state:
             guard = thread_state.enter(self._body_state, now)
+        tracer = stack_keeper()
+        if tracer is not None:
+            calls_wait(tracer)
         try:
             self._body.switch()
         finally:
+            if tracer is not None:
+                calls_go_on(tracer)
             if guard is not None:
                 thread_state.leave(guard, self._model_state)
 
     def _step_begins(self) -> None:
-        if self._is_aside or self._calls_under_way or getcurrent() is not self._forward():
+        if not self._is_model_at_work():
             return
         # Whoever still waits for something in the run before this one waits in vain.
         assert self.step is not None
@@ -238,6 +274,7 @@ class Interleaver:
             for client in sorted(late, key=self._order.__getitem__):
                 client.missed(self.missing(client, self._waiting.pop(client)))
             self.step += 1
+            self.hooks.reset_counters()
             # Who does something in each run has asked for the first already.
             for begin in self.at_steps if self.step else ():
                 begin(self.step)
@@ -302,7 +339,10 @@ class Interleaver:
             if asked.module in self._called and last is not None:
                 return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
             return missing_operation(asked, last, self.hooks.operations_of(asked.module), self.order)
-        if last is None and asked.step in (0, None) and not self._somebody_missed:
+        if asked.call is not None and asked.call[1].now < asked.call[0]:
+            times = asked.call[1].now + 1
+            return ModuleNotRunError(asked.label, asked.site, hint=f"It was called {times} times, counted from 0.")
+        if last is None and asked.call is None and asked.step in (0, None) and not self._somebody_missed:
             self._somebody_missed = True
             return ModuleNotRunError(asked.label, asked.site)
         self._somebody_missed = True

@@ -33,10 +33,12 @@ from nnsight_core.errors import (
     MissingInputError,
     ModelNotFoundError,
     OptionError,
+    PaddingError,
     PromptTooLongError,
 )
 from nnsight_core.model import NNsight
 from nnsight_core.options import invoker_options, parameters_inside, refuse_options, without_old_options
+from nnsight_core.padding import counted_positions, way_to_pad
 from nnsight_core.passes import Call
 from nnsight_core.prompts import is_text, padded, token_rows, tokenizer_options
 from nnsight_core.renames import Rename
@@ -232,9 +234,13 @@ class LanguageModel(NNsight):
                     "Pad on the left (tokenizer.padding_side = 'left'), or give the prompts as text."
                 )
             padding = _left_padding(mask)
-            if "position_ids" in accepted and "position_ids" not in kwargs:
-                # Models that learn a vector for each position would otherwise count the padding.
-                batch.setdefault("position_ids", self._positions(mask))
+            if "position_ids" not in kwargs and "position_ids" not in batch:
+                way = way_to_pad(self._module, ids, mask, self._filler())
+                if way == "impossible":
+                    raise PaddingError(type(self._module).__name__)
+                if way == "counted":
+                    # Models that learn a vector for each position would otherwise count the padding.
+                    batch["position_ids"] = self._positions(mask)
         if "input_ids" not in accepted and not any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
             return self._plain_call(batch, kwargs, padding)
         return Call(self._module, (), {**batch, **kwargs}, padding, ids.shape[-1])
@@ -275,7 +281,7 @@ class LanguageModel(NNsight):
 
     def _positions(self, mask: torch.Tensor) -> torch.Tensor:
         """The number of each position, (batch, position), of those that ``mask`` has."""
-        return (mask.cumsum(-1) - 1).clamp(min=0)
+        return counted_positions(mask)
 
     def _filler(self) -> int:
         # The tokens under the mask are never seen, so a tokenizer without a padding token needs none.

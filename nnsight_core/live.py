@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nnsight_core.asked import Asked
+from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.hooked_calls import given_before
@@ -66,6 +67,14 @@ class LiveClient:
     def announce(self, module: torch.nn.Module, ancestors: Sequence[torch.nn.Module]) -> None:
         """Operations inside ``module`` are going to be asked for."""
         self._interleaver.hooks.announce(module, ancestors)
+
+    def count(self, counter: CallCounter, asked: Asked) -> None:
+        """Let ``counter`` count the calls of the module that is ``asked`` for.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and the module may have been called already.
+        """
+        self._interleaver.count(asked.module, counter, asked)
 
     def is_in_step(self, step: int) -> bool:
         """Whether the model is in its run number ``step``, or beyond it."""

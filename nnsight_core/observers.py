@@ -36,7 +36,7 @@ class Observers:
         """A module took or gave ``value``; ``ran_on`` are the rows of the batch that it holds, None for all."""
         for note, rows in list(self._notes.get((module, kind), ())):
             if ran_on is None:
-                note(module, kind, value if rows is None else rows.take(value))
+                note(module, kind, value if rows is None else rows.take(value, (module, kind, ())))
             elif rows is None or rows == ran_on:
                 note(module, kind, value)
 

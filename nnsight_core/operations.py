@@ -9,15 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nnsight_core.events import Memory
 from nnsight_core.operators import changes_in_place
 from nnsight_core.sites import Site, is_library
 from nnsight_core.values import map_tensors, share_storage
+
+#: Whose memory a value is: its own, what others hold as well, or what they hold and an operation has just changed.
+Memory = Literal["own", "shared", "in place"]
 
 #: Called with the place, ``source.softmax_0.input`` or ``.output``, the value, and whose memory it is;
 #: gives its replacement in a one-tuple, or None for no change.

@@ -12,9 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from nnsight_core.events import Memory
 from nnsight_core.hooks import hookless_copy, recording
-from nnsight_core.operations import Tap, operation_of
+from nnsight_core.operations import Memory, Tap, operation_of
 from nnsight_core.sites import Site
 
 #: Up to this many bytes a model may be copied for a dry run with its real numbers.

@@ -13,10 +13,11 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
-from nnsight_core.errors import StepNotRunError
+from nnsight_core.counting import CallCounter
+from nnsight_core.errors import RowsError, StepNotRunError
 from nnsight_core.events import Event, Origin
 from nnsight_core.forward_pass import ForwardPass
-from nnsight_core.gradients import GradientTape
+from nnsight_core.gradients import Backwards, wants_gradients
 from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.live import LiveClient
@@ -84,26 +85,31 @@ class Part:
     Args:
         root: the model.
         call: its input, prepared; None for a body that sees the whole batch.
+        backwards: the backward passes of the trace.
         in_steps: a pass may run the model several times.
     """
 
-    def __init__(self, root: torch.nn.Module, call: Call | None, in_steps: bool = False) -> None:
+    def __init__(self, root: torch.nn.Module, call: Call | None, backwards: Backwards, in_steps: bool = False) -> None:
         self.root = root
         self._in_steps = in_steps
         self.call = call
         self.scope = Scope()
-        self.scope.gradient_tape = GradientTape
+        self.scope.gradient_tape = backwards.tape
         self.scope.give_inputs({} if call is None else call.inputs)
         self._batch = call
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
         self.edits: TraceEdits | None = None
+        #: Somebody in the pass asks for gradients of values.
+        self.wants_gradients = True
         #: The run of the model that values are asked of, where a pass may run it several times.
         self.step = 0
         self._steps_of: dict[torch.nn.Module, int] | None = None
         #: The last step that was asked for by number in a recorded body: which, what asked, and where.
         self.needed: tuple[int, str, Site] | None = None
+        #: What counts the calls of modules that were asked for by number.
+        self.counters: dict[torch.nn.Module, CallCounter] | None = None
         #: Caches, each with what tells its modules' ancestors.
         self.caches: list[tuple[Cache, Tree]] = []
 
@@ -154,6 +160,20 @@ class Part:
         if step and not self._in_steps:
             raise StepNotRunError(label, user_site(), step, 1, in_steps=False)
 
+    def counter_of(self, asked: Asked) -> CallCounter:
+        """What counts the calls of the module that is ``asked`` for.
+
+        Raises:
+            CallsNotCountedError: the pass is under way, and the module may have been called already.
+        """
+        counter = (self.counters or {}).get(asked.module)
+        if counter is None:
+            counter = CallCounter()
+            if self.live is not None:
+                self.live.count(counter, asked)
+            self.counters = {**(self.counters or {}), asked.module: counter}
+        return counter
+
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
         if self.live is None:
@@ -184,10 +204,15 @@ class Part:
         is_call, rows = event.is_call, self.rows if event.rows is None else None
         if rows is None:
             return self.scope.proxy(event.value, event, is_call, event.site)
-        part = rows.take(event.value)
-        if torch.is_grad_enabled() and self._wants_gradients():
+        place = (event.module, event.kind, ())
+        try:
+            part = rows.take(event.value, place)
+        except RowsError as error:
+            # The model is at work here; the line that asked is the user's.
+            raise RowsError(error.what, event.site) from None
+        if self.wants_gradients and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
-            event.write(rows.put(event.value, part))
+            event.write(rows.put(event.value, part, place))
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
 
     def _inside(self, event: Event) -> Any:
@@ -197,7 +222,7 @@ class Part:
         value = event.value if rows is None else rows.take(event.value)
         # What others hold has to stay in their memory.
         can_move = event.is_call or event.memory == "own"
-        if rows is not None and can_move and torch.is_grad_enabled() and self._wants_gradients():
+        if rows is not None and can_move and torch.is_grad_enabled() and self.wants_gradients:
             event.write(rows.put(event.value, value))
         if event.memory != "own":
             value = self.scope.copied(value)
@@ -224,16 +249,13 @@ class Part:
         origin = Origin(event, lambda: get(read(), scope), lambda part: write(put(read(), part)))
         return scope.wrap(get(event.value, scope), origin, event.site)
 
-    def _wants_gradients(self) -> bool:
-        return self.tape is None or self.tape.mentions("grad")
-
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""
         self._batch = batch
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.give_inputs(batch.inputs, self.rows)
+        self.scope.give_inputs(batch.inputs, self.rows, (self.root, "input", (1,)))
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]
@@ -277,7 +299,11 @@ class Pass:
         """Let all recorded bodies go as far as they get without the model, and ``live`` go on live."""
         if self._edits is not None:
             self._edits.start(self.interleaver, self._call, self._clients)
+        wanted = live is not None or any(part.tape is not None and wants_gradients(part.tape) for part in self.parts)
         for part in self.parts:
+            part.wants_gradients = wanted
+            for module, counter in (part.counters or {}).items():
+                self.interleaver.count_from_start(module, counter)
             for cache, tree in part.caches:
                 self.attach(part, cache, tree)
             if part.tape is not None:

@@ -227,9 +227,10 @@ class Proxy(Operators, Appearance):
         return not changes or self._origin is not None or self._tape is tape.current
 
     def _gradient(self, owner: torch.Tensor) -> Any:
-        # Where torch keeps gradients itself, and has one, that is it.
+        gradients = self._scope.gradients
+        # Where torch keeps gradients itself, and has one of a backward pass of this trace, that is it.
         kept = owner.grad if owner.is_leaf or owner.retains_grad else None
-        return self._scope.gradients.gradient(owner) if kept is None else self._scope.wrap(kept)
+        return gradients.gradient(owner) if kept is None or gradients.is_still_to_come else self._scope.wrap(kept)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "backward" and self._scope.open:
@@ -294,6 +295,9 @@ class Proxy(Operators, Appearance):
             tape.record(setattr, self, name, value)
             return
         value = unwrap(value)
+        if name == "requires_grad":
+            self.requires_grad_(value)
+            return
         place = self._place()
         if place is None:
             setattr(self._plain(), name, value)

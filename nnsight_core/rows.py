@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from nnsight_core.batch_axes import Axis, BatchAxes, Place
 from nnsight_core.errors import RowsError
 from nnsight_core.sites import user_site
-from nnsight_core.values import is_dataclass_value, like_tuple, with_attribute, with_entry
+from nnsight_core.values import entries_of, is_dataclass_value, like_tuple, with_attribute, with_entry
 
 
 @dataclass(frozen=True)
 class Rows:
     """``size`` rows from ``start`` on, of a batch of ``total``.
 
-    A tensor whose first axis is the batch is cut along it. One of two axes or more whose first is a multiple of the
-    batch is taken for (batch * position, ...), as mixture-of-experts layers have it. All others belong to all alike.
+    A tensor whose first axis is the batch is cut along it, and so is one whose first axis is (batch * position), as
+    mixture-of-experts layers have it. Where a shape may mean several things, ``axes`` knows. What has no axis of the
+    batch belongs to all rows alike.
 
     >>> Rows(1, 2, 3).take(torch.tensor([10, 20, 30]))
     tensor([20, 30])
@@ -29,37 +31,84 @@ class Rows:
     total: int
     #: How many rows of a flattened tensor one row of the batch may make: its positions. None where that is not known.
     multiples: tuple[int, ...] | None = ()
+    #: Knows the axis of the batch where shapes do not tell.
+    axes: BatchAxes | None = field(default=None, compare=False, repr=False)
 
-    def _range(self, tensor: torch.Tensor) -> slice | None:
-        if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self.total:
+    def _range(self, tensor: torch.Tensor, place: Place | None = None) -> tuple[slice, ...] | None:
+        """The index of these rows in ``tensor``; None if it belongs to all alike."""
+        axis = self._obvious(tuple(tensor.shape))
+        if axis == "unclear":
+            try:
+                axis = None if self.axes is None or place is None else self.axes.of(place, tuple(tensor.shape))
+            except LookupError:
+                # Of a list of numbers nobody would know what it lists; it is shown as it is.
+                if tensor.ndim > 1:
+                    raise RowsError(
+                        f"Which rows of a tensor {tuple(tensor.shape)} belong to which input is not clear.", user_site()
+                    ) from None
+                axis = None
+        if axis is None or isinstance(axis, str):
             return None
-        each = tensor.shape[0] // self.total
-        # One axis alone, longer than the batch, is a list of positions and not of tokens.
-        if each != 1 and (tensor.ndim == 1 or (self.multiples is not None and each not in self.multiples)):
-            return None
-        return slice(self.start * each, (self.start + self.size) * each)
+        number, each = axis
+        return (*[slice(None)] * number, slice(self.start * each, (self.start + self.size) * each))
 
-    def take(self, value: Any) -> Any:
-        """The part of ``value`` that belongs to these rows."""
+    def _obvious(self, shape: tuple[int, ...]) -> Axis | str:
+        """The axis of the batch and how many entries each row makes along it, if the shape tells."""
+        if not shape or 0 in shape:
+            return None
+        each, beyond = divmod(shape[0], self.total)
+        if self.multiples is None or self.axes is None:
+            # One axis alone, longer than the batch, is a list of positions and not of tokens.
+            known = each == 1 or (len(shape) > 1 and (self.multiples is None or each in self.multiples))
+            return (0, each) if not beyond and known else None
+        positions = self.multiples[0] if self.multiples else None
+        if positions is None:
+            if not self.axes.are_first:
+                return "unclear"
+            if shape[0] == self.total and self.total not in shape[1:]:
+                return 0, 1
+            return "unclear" if not beyond or self.total in shape[1:] else None
+        if shape[0] == self.total and (len(shape) == 1 or positions in shape[1:]):
+            return 0, 1
+        if len(shape) > 1 and shape[0] == self.total * positions:
+            return 0, positions
+        # Positions, masks and distances that all inputs share.
+        shared = set(shape) <= {1, positions} or (shape[0] == 1 and len(shape) > 2)
+        return None if shared else "unclear"
+
+    def take(self, value: Any, place: Place | None = None) -> Any:
+        """The part of ``value`` that belongs to these rows; ``place`` is where it comes from.
+
+        Raises:
+            RowsError: it cannot be told.
+        """
         if self.size == self.total:
             return value
         if isinstance(value, torch.Tensor):
-            chosen = self._range(value)
+            chosen = self._range(value, place)
             return value if chosen is None else value[chosen]
-        return _rebuilt(value, lambda entry, _: self.take(entry), None)
+        return _rebuilt(value, lambda entry, _, key: self.take(entry, _inside(place, key)), None)
 
-    def put(self, value: Any, part: Any) -> Any:
-        """``value`` with ``part`` in the place of these rows; everybody else's rows keep every bit."""
-        if self.size == self.total:
+    def put(self, value: Any, part: Any, place: Place | None = None) -> Any:
+        """``value`` with ``part`` in the place of these rows; everybody else's rows keep every bit.
+
+        Raises:
+            RowsError: ``value`` belongs to all inputs alike.
+        """
+        if self.size == self.total or part is value:
             return part
         if isinstance(value, torch.Tensor):
-            chosen = self._range(value)
+            chosen = self._range(value, place)
+            if chosen is None and value.ndim > 1 and value.shape[0] == 1:
+                # What is one for all, to be added to each, becomes one for each.
+                value = value.expand(self.total, *value.shape[1:])
+                chosen = (slice(self.start, self.start + self.size),)
             if chosen is None or not isinstance(part, torch.Tensor):
-                return part
+                raise RowsError(_SHARED, user_site())
             changed = value.clone()
             changed[chosen] = part
             return changed
-        return _rebuilt(value, self.put, part)
+        return _rebuilt(value, lambda entry, other, key: self.put(entry, other, _inside(place, key)), part)
 
     def strictly(self) -> StrictRows:
         """The same rows of values of any form, where they can be told for sure."""
@@ -75,53 +124,66 @@ class StrictRows(Rows):
     then cannot be set for one of them.
     """
 
-    def _range(self, tensor: torch.Tensor) -> slice | None:
+    def _range(self, tensor: torch.Tensor, place: Place | None = None) -> tuple[slice, ...] | None:
         is_parameter = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
         if is_parameter or tensor.ndim == 0 or tensor.shape[0] == 1:
             return None
         each, rest = divmod(tensor.shape[0], self.total)
         if not rest and (each == 1 or each in (self.multiples or ())):
-            return slice(self.start * each, (self.start + self.size) * each)
+            return (slice(self.start * each, (self.start + self.size) * each),)
         if tensor.ndim == 1 and rest:
             return None
-        raise RowsError(tuple(tensor.shape), self.total, user_site())
+        shape = tuple(tensor.shape)
+        what = f"A value of shape {shape} inside a module may or may not have rows of each of the {self.total} inputs."
+        raise RowsError(what, user_site())
 
-    def put(self, value: Any, part: Any) -> Any:
+    def put(self, value: Any, part: Any, place: Place | None = None) -> Any:
         """``value`` with ``part`` in the place of these rows."""
         if isinstance(value, torch.Tensor) and part is not value and self._range(value) is None:
-            raise RowsError(tuple(value.shape), self.total, user_site(), setting=True)
+            raise RowsError(_SHARED, user_site())
         return super().put(value, part)
 
 
-def _rebuilt(value: Any, change: Any, other: Any) -> Any:
-    """``value`` with ``change(entry, entry of other)`` for each of its entries; all else as it is."""
+_SHARED = "This value is one for all inputs of the batch, so that one invoke cannot change it for itself alone."
+
+
+def _inside(place: Place | None, key: Any) -> Place | None:
+    return None if place is None else (place[0], place[1], (*place[2], key))
+
+
+def _rebuilt(value: Any, change: Callable[[Any, Any, Any], Any], other: Any) -> Any:
+    """``value`` with ``change(entry, entry of other, key)`` for each of its entries; all else as it is."""
 
     def beside(key: Any) -> Any:
         if other is None:
             return None
-        return getattr(other, key) if isinstance(key, str) and not isinstance(other, Mapping) else other[key]
+        return getattr(other, key) if is_dataclass_value(other) else other[key]
 
+    entries = entries_of(value)
+    if other is not None and [key for key, _ in entries] != [key for key, _ in entries_of(other)]:
+        raise RowsError(
+            f"An invoke cannot put a {type(other).__name__} in the place of a {type(value).__name__}.", user_site()
+        )
     if isinstance(value, (tuple, list)):
-        entries = [change(entry, beside(index)) for index, entry in enumerate(value)]
-        return like_tuple(value, entries) if isinstance(value, tuple) else entries
-    if is_dataclass_value(value):
-        for field in fields(value):
-            entry = getattr(value, field.name)
-            if entry is not None:
-                value = with_attribute(value, field.name, change(entry, beside(field.name)))
-        return value
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            value = with_entry(value, key, change(entry, beside(key)))
-        return value
-    return value if other is None else other
+        changed = [change(entry, beside(key), key) for key, entry in entries]
+        return like_tuple(value, changed) if isinstance(value, tuple) else changed
+    for key, entry in entries:
+        if entry is not None:
+            new = change(entry, beside(key), key)
+            if new is not entry:
+                value = with_attribute(value, key, new) if is_dataclass_value(value) else with_entry(value, key, new)
+    if not entries and other is not None and other is not value:
+        if type(other) is type(value) and isinstance(value, (int, float, str, bool)) and other == value:
+            return value
+        raise RowsError(_SHARED, user_site())
+    return value
 
 
-def rows_of(sizes: Sequence[int], multiples: tuple[int, ...] | None = ()) -> list[Rows]:
+def rows_of(sizes: Sequence[int], multiples: tuple[int, ...] | None = (), axes: BatchAxes | None = None) -> list[Rows]:
     """The rows of inputs of these sizes that stand one after the other in a batch.
 
     >>> rows_of([1, 2])
     [Rows(start=0, size=1, total=3, multiples=()), Rows(start=1, size=2, total=3, multiples=())]
     """
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [Rows(start, size, sum(sizes), multiples) for start, size in zip(starts, sizes, strict=True)]
+    return [Rows(start, size, sum(sizes), multiples, axes) for start, size in zip(starts, sizes, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
+from nnsight_core.batch_axes import Place
 from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
@@ -44,6 +45,15 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     def indices(self) -> Any:
         """Of a pair of values and indices, as ``topk`` gives it, the indices."""
         return self.__getattr__("indices")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's, but the caller's and the model's own tensors stay as they are."""
+        value = None if self._is_pending else self._plain()
+        if not requires_grad or value is None or value.requires_grad or self._place() is None:
+            return self._call_method("requires_grad_", requires_grad)
+        # A leaf in the same memory: the tensor itself may be the script's input, or a frozen parameter.
+        self._put(value.detach().requires_grad_())
+        return self
 
     def _adopt(self, value: Any) -> None:
         _set(self, "_value", value)
@@ -102,6 +112,7 @@ class Scope:
         "_made",
         "_originals",
         "_rows",
+        "_rows_of",
         "gradient_tape",
         "is_cut",
         "open",
@@ -123,6 +134,7 @@ class Scope:
         self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._inputs: Mapping[str, Any] = _NO_INPUTS
         self._rows: Rows | None = None
+        self._rows_of: Place | None = None
         #: How many padding tokens stand left of each prompt; how long the padded prompts are.
         self.padding: Sequence[int] | None = None
         self.prompt_length = 0
@@ -135,15 +147,15 @@ class Scope:
         #: Runs a module so that its values are handed over as the model's are; None outside a pass.
         self.run_hooked: Callable[[torch.nn.Module, Any, Any], Any] | None = None
 
-    def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None) -> None:
-        """Say what the model is called with, and which rows of it belong here."""
-        self._inputs, self._rows = inputs, rows
+    def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None, place: Place | None = None) -> None:
+        """Say what the model is called with, and which rows of it belong here; ``place`` is where they come from."""
+        self._inputs, self._rows, self._rows_of = inputs, rows, place
 
     @property
     def inputs(self) -> Mapping[str, Any]:
         """The model's arguments by name."""
         if self._rows is not None:
-            self._inputs, self._rows = self._rows.take(self._inputs), None
+            self._inputs, self._rows = self._rows.take(self._inputs, self._rows_of), None
         return self._inputs
 
     def given(self, name: str, otherwise: Callable[[Scope], Any] | None = None) -> Any:
@@ -226,7 +238,7 @@ class Scope:
     def close(self) -> None:
         """End the scope: proxies that were not saved lose their values."""
         self.open = False
-        self._inputs, self._rows = _NO_INPUTS, None
+        self._inputs, self._rows, self._rows_of = _NO_INPUTS, None, None
         self.tape = self.run_hooked = None
         self._originals = None
         if self._gradients is not None:

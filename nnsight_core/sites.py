@@ -125,3 +125,13 @@ def inside_autograd_function() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def is_run_again_for_gradients() -> bool:
+    """Whether what runs here is checkpointed: the backward pass is to run it a second time."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False

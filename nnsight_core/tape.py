@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -180,9 +182,23 @@ class Tape:
         object.__setattr__(proxy, "_saved", True)
         return proxy
 
-    def mentions(self, name: str) -> bool:
-        """Whether a step reads or sets the attribute ``name`` of a value."""
-        return any(type(arg) is str and arg == name for step in self.instructions for arg in step.args)
+
+# The model's coroutine has a context of its own, so that a live body never sees the turn of a tape.
+_turn: ContextVar[TapeClient | None] = ContextVar("turn", default=None)
+
+
+def acting() -> TapeClient | None:
+    """The recorded body whose steps are being taken; None while a body runs where it stands."""
+    return _turn.get()
+
+
+@contextmanager
+def _turn_of(client: TapeClient) -> Iterator[None]:
+    before = _turn.set(client)
+    try:
+        yield
+    finally:
+        _turn.reset(before)
 
 
 class NotThereYet(Exception):
@@ -218,6 +234,9 @@ class TapeClient:
         proxy: makes the live proxy of what an event gives, cut to the rows of this tape's input.
         rows: these rows; None if they are the whole batch.
     """
+
+    #: Whether the gradients that it asks for may come with the backward pass of somebody else.
+    shares_backward = False
 
     def __init__(
         self, tape: Tape, interleaver: Interleaver, proxy: Callable[[Event], Proxy], rows: Rows | None = None
@@ -263,7 +282,8 @@ class TapeClient:
                 self._wait_for(missing.proxy)
                 return
             try:
-                step.take(args, kwargs)
+                with _turn_of(self):
+                    step.take(args, kwargs)
             except OrderError:
                 if not self.was_blocked:
                     raise

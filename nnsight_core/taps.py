@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
-from nnsight_core.events import Memory
-from nnsight_core.operations import Tap, operation_of
+from nnsight_core.operations import Memory, Tap, operation_of
 from nnsight_core.values import map_tensors
 
 #: Called with (module, place, value, whose memory it is, if it is that of an operation); gives the changed value in a

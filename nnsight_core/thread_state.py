@@ -1,12 +1,13 @@
 """PyTorch's thread-local state, so that each side of a switch keeps its own.
 
 The body of a trace and the model's forward pass share one thread. Grad mode, inference mode, autocast, default
-device and the two mode stacks belong to the thread, so whoever gives up its turn hands them over in the state in
-which the other side left them.
+device, the two mode stacks and the hooks on what autograd saves belong to the thread, so whoever gives up its turn
+hands them over in the state in which the other side left them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 _autocast_caches = torch.is_autocast_cache_enabled
+_saving = torch._C._autograd._top_saved_tensors_default_hooks
 
-# (grad, inference, autocast, function modes, dispatch modes, whether autocast caches)
-State = tuple[bool, bool, Any, Any, Any, bool]
+# (grad, inference, autocast, function modes, dispatch modes, whether autocast caches, hooks on what autograd saves)
+State = tuple[bool, bool, Any, Any, Any, bool, Any]
 
 
 def _autocast_state() -> tuple[Any, ...]:
@@ -48,6 +50,7 @@ def snapshot() -> State:
         _function_mode_state() if _function_modes() else None,
         tuple(_python_dispatch._get_current_dispatch_mode_stack()) if _dispatch_modes() else None,
         _autocast_caches(),
+        _saving_hooks() if _saving(False) else None,
     )
 
 
@@ -92,6 +95,27 @@ def _set_dispatch_modes(modes: tuple[Any, ...] | None) -> None:
         _python_dispatch._push_mode(mode)
 
 
+def _saving_hooks() -> tuple[Any, ...]:
+    """The pairs of hooks, outermost first: checkpointing and saving on the CPU put them there."""
+    found: list[Any] = []
+    while (top := _saving(False)) is not None:
+        found.insert(0, top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    _push_saving_hooks(found)
+    return tuple(found)
+
+
+def _push_saving_hooks(hooks: Iterable[Any]) -> None:
+    for pack, unpack in hooks:
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _set_saving_hooks(hooks: tuple[Any, ...] | None) -> None:
+    while _saving(False) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    _push_saving_hooks(hooks or ())
+
+
 def blended(state: State, before: State, now: State) -> State:
     """``now`` with whatever of ``state`` differs from ``before``."""
     parts = zip(state, before, now, strict=True)
@@ -109,6 +133,8 @@ def enter(state: State, now: State) -> Any:
     torch.set_autocast_cache_enabled(state[5])
     if state[4] != now[4]:
         _set_dispatch_modes(state[4])
+    if state[6] != now[6]:
+        _set_saving_hooks(state[6])
     # A function mode would take the setting of the grad mode for an operation of the user's.
     if _function_modes():
         _set_function_modes(None)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from nnsight_core.arguments import apply
+from nnsight_core.batch_axes import BatchAxes
 from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
 from nnsight_core.current import closed, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import MissingInputError
+from nnsight_core.gradients import Backwards
 from nnsight_core.invoker import Invoker
 from nnsight_core.keeping import Keeper, save, write_line
 from nnsight_core.passes import Call, Part, Pass
@@ -72,7 +74,8 @@ class Tracer:
         #: What the batches gave, if that is to be kept; a batch may take several passes.
         self._outputs: list[Any] | None = [] if keeps_output else None
         self._keeper = Keeper()
-        self._edits = EditRuns(model._tree, self) if model._tree.edits else None
+        self._backwards = Backwards()
+        self._edits = EditRuns(model._tree, self, self._backwards) if model._tree.edits else None
         #: The bodies gathered for the next pass, and all that there have been.
         self._gathered: list[Part] = []
         self._parts: list[Part] = []
@@ -87,7 +90,7 @@ class Tracer:
         self._keeper.open()
         if self._has_input:
             try:
-                part = Part(self._root, self._prepare(), self._in_steps)
+                part = Part(self._root, self._prepare(), self._backwards, self._in_steps)
                 self._begin(part, sys._getframe(1))
                 self._start_pass(part)
             except BaseException:
@@ -114,8 +117,9 @@ class Tracer:
         else:
             batch, sizes = self._combine(calls)
             # With beams, one prompt makes any number of rows.
-            flattened = None if batch.runs_repeatedly or not batch.prompt_length else (batch.prompt_length,)
-            rows = iter(rows_of(sizes, flattened))
+            flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
+            axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
+            rows = iter(rows_of(sizes, flattened, axes))
             for part in parts:
                 part.place(None if part.call is None else next(rows), batch)
         self._run(batch, parts, live)
@@ -219,7 +223,7 @@ class Tracer:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
         assert self._prepare is not None
         call = self._prepare(*inputs, **kwargs) if inputs or kwargs else None
-        part = Part(self._root, call, self._in_steps)
+        part = Part(self._root, call, self._backwards, self._in_steps)
         part.record(self)
         self._begin(part, sys._getframe(2))
         return call

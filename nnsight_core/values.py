@@ -236,4 +236,18 @@ def share_storage(one: Any, other: Any) -> bool:
     for each in (one, other):
         if not isinstance(each, torch.Tensor) or each.layout is not torch.strided:
             return False
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # type: ignore[no-any-return]
+    try:
+        return _memory(one) == _memory(other)
+    except NotImplementedError:
+        # Inside torch.func's transformations a tensor is wrapped, once for each of them.
+        return _memory(_innermost(one)) == _memory(_innermost(other))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def _innermost(tensor: torch.Tensor) -> torch.Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

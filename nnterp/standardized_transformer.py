@@ -163,10 +163,10 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         return super()._positions(mask) + (0 if first is None else first + 1)
 
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
-        call = super()._batch_call(batch, kwargs)
-        if call.padding and any(call.padding):
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool(mask[:, -1].all()) and not bool(mask.all()):
             self._spec.refuse("padding", "A batch of prompts of several lengths")
-        return call
+        return super()._batch_call(batch, kwargs)
 
     def _combine(self, calls: list[Call]) -> tuple[Call, list[int]]:
         if len(calls) > 1:

@@ -79,3 +79,42 @@ def test_a_scripted_module_of_the_users_called_with_a_proxy() -> None:
     with model.trace(X):
         result = scripted(model[0].output).save()
     assert torch.equal(result.value, scripted(net[0](X)))
+
+
+def check_inside(net: nn.Module, inside: nn.Sequential, path: str) -> None:
+    """What is inside a compiled module is read and set, and afterwards the compiled code is used again."""
+    model, compiled_before = NNsight(net), net(X)
+    with model.trace(X):
+        given, hidden = model.get(path)[0].input.clone().save(), model.get(path)[0].output.save()
+    assert torch.equal(hidden.value, inside[0](given.value))
+    with model.trace(X):
+        model.get(path)[0].output *= 2
+        changed = model.get(path)[1].output.save()
+    assert torch.equal(changed.value, inside[1](inside[0](given.value) * 2))
+    with model.trace() as tracer:
+        with tracer.invoke(X):
+            model.get(path)[0].output *= 2
+        with tracer.invoke(X):
+            other = model.output.save()
+    torch.testing.assert_close(other.value, compiled_before)
+    with pytest.raises(KeyError), model.trace(X):
+        assert model.get(path)[0].output is not None
+        raise KeyError
+    counter = torch._dynamo.utils.counters["frames"]["total"]
+    assert torch.equal(net(X), compiled_before)
+    assert torch._dynamo.utils.counters["frames"]["total"] == counter
+
+
+@pytest.mark.parametrize("kind", ["wrapper inside", "wrapper around", "in place inside", "in place around"])
+def test_inside_a_compiled_module(kind: str) -> None:
+    inside = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    net: nn.Module = nn.Sequential(nn.Linear(3, 3), inside, nn.Linear(3, 3))
+    path = "1"
+    if kind == "wrapper inside":
+        net, path = nn.Sequential(nn.Linear(3, 3), torch.compile(inside, backend="eager")), "1._orig_mod"
+    elif kind == "wrapper around":
+        net, path = torch.compile(net, backend="eager"), "_orig_mod.1"
+    else:
+        (inside if kind == "in place inside" else net).compile(backend="eager")
+    check_inside(net, inside, path)
+    torch._dynamo.reset()

@@ -357,13 +357,13 @@ def test_the_harness_passes_a_right_engine() -> None:
     check_program(*_two_writes(raises=True))
 
 
-def _first_rows(self: Rows, tensor: torch.Tensor) -> slice:
-    return slice(0, self.size)
+def _first_rows(self: Rows, tensor: torch.Tensor, place: Any = None) -> tuple[slice]:
+    return (slice(0, self.size),)
 
 
 WRONG = {
     "somebody else's rows": (Rows, "_range", _first_rows),
-    "a write that spills": (Rows, "put", lambda self, value, part: self.take(part).expand_as(value)),
+    "a write that spills": (Rows, "put", lambda self, value, part, place=None: self.take(part).expand_as(value)),
     "a dropped write": (Event, "write", lambda self, value: None),
 }
 
