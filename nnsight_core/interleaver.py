@@ -48,7 +48,8 @@ class Interleaver:
     """
 
     event: Event | None = None
-    _stopped_at: Site | None = None
+    #: Where ``stop`` was called, if it was.
+    stopped_at: Site | None = None
     _failure: BaseException | None = None
     _somebody_missed = False
     #: What runs in the coroutine now is a client's doing and not the model's.
@@ -273,14 +274,14 @@ class Interleaver:
             raise WrongThreadError()
 
     @property
-    def stopped_at(self) -> Site | None:
-        """Where ``stop`` was called, if it was."""
-        return self._stopped_at
+    def is_in_its_thread(self) -> bool:
+        """Whether this is the thread that opened the trace."""
+        return threading.get_ident() == self._thread
 
     def missing(self, client: Client, asked: Asked) -> NNsightError:
         """Why ``asked`` did not come: too late, or never."""
-        if self._stopped_at is not None:
-            return TraceStoppedError(asked.label, asked.site, self._stopped_at)
+        if self.stopped_at is not None:
+            return TraceStoppedError(asked.label, asked.site, self.stopped_at)
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
@@ -301,8 +302,8 @@ class Interleaver:
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""
-        if self._stopped_at is None:
-            self._stopped_at = user_site()
+        if self.stopped_at is None:
+            self.stopped_at = user_site()
         self.unwind()
 
     def unwind(self) -> None:
@@ -328,7 +329,7 @@ class Interleaver:
         if not self._waiting and not self._observers and not counts:
             self.hooks.clear()
         try:
-            if self._stopped_at is None and (counts or not self._run_here()):
+            if self.stopped_at is None and (counts or not self._run_here()):
                 self.check_thread()
                 self.give_turn()
             if self._waiting:
@@ -351,9 +352,10 @@ class Interleaver:
         """Remove the hooks, without a further turn for the model."""
         self.plain_calls.off()
         self.hooks.clear()
-        self._waiting.clear()
-        self._observers.clear()
-        self._order.clear()
+        if self._order or self._observers:
+            self._waiting.clear()
+            self._observers.clear()
+            self._order.clear()
         self.at_steps.clear()
         self._called = frozenset()
         # It holds the inputs, and this object may wait a while for the garbage collector.

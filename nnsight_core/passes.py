@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,7 +82,6 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = GradientTape
-        self.scope.give_inputs({} if call is None else call.kwargs)
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
         self.rows: Rows | None = None
@@ -228,7 +226,6 @@ class Pass:
         self._call = call
         self._edits = edits
         self._in_steps = call.runs_repeatedly
-        self._thread = threading.get_ident()
         self._clients: dict[Tape, TapeClient] = {}
         self._by_part: dict[Part, TapeClient] = {}
 
@@ -279,7 +276,7 @@ class Pass:
     def unwind(self) -> None:
         """Leave the pass where it stands."""
         try:
-            if threading.get_ident() == self._thread:
+            if self.interleaver.is_in_its_thread:
                 self.interleaver.unwind()
             else:
                 # Only its own thread may resume the forward pass; the hooks can go from anywhere.
@@ -290,6 +287,7 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
-        # Those who run tapes know one another, and the collector alone could take that apart.
-        self._clients.clear()
-        self._by_part.clear()
+        if self._by_part:
+            # Those who run tapes know one another, and the collector alone could take that apart.
+            self._clients.clear()
+            self._by_part.clear()
