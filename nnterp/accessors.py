@@ -46,7 +46,9 @@ def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = N
         return _by_prompt(place.get(value), scope)
 
     def put(value: Any, part: Any) -> Any:
-        return place.put(value, part.reshape(place.get(value).shape))
+        old = place.get(value)
+        # Where nothing has to be changed it stays the very same tensor.
+        return place.put(value, part if part.shape == old.shape else part.reshape(old.shape))
 
     return root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
 
