@@ -63,7 +63,7 @@ class HookBoard:
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
-        if ancestors is not self._armed_last:
+        if ancestors and ancestors is not self._armed_last:
             self._armed_last = ancestors
             for ancestor in ancestors:
                 self._arm(ancestor)

@@ -90,7 +90,12 @@ class Interleaver:
         if event is not None and self.fits(asked, event) and self._is_seen_by(client.rows):
             client.last_read = asked
             client.advance(event)
-            return
+        else:
+            self.expect(client, asked)
+
+    def expect(self, client: Client, asked: Asked) -> None:
+        """Let ``client`` have its turn when what it asks for comes; it is not there now."""
+        self.enrol(client)
         self._waiting[client] = asked
         each: Asked | None = asked
         while each is not None:

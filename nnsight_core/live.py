@@ -43,7 +43,7 @@ class LiveClient:
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
         interleaver.check_thread()
-        interleaver.wait(self, asked)
+        interleaver.expect(self, asked)
         interleaver.give_turn()
         answer, self._answer = self._answer, None
         if answer is None:
