@@ -287,7 +287,7 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
-        if self._by_part:
+        if self._clients:
             # Those who run tapes know one another, and the collector alone could take that apart.
             self._clients.clear()
             self._by_part.clear()
