@@ -45,7 +45,7 @@ class Envoy:
         self._module = module
         self._path = path
         self._tree = tree
-        self._names = tree.aliases.get(path, NO_NAMES)
+        self._names = dict(tree.aliases.get(path, NO_NAMES))
         self._children = {}
 
     # Going down the tree.
@@ -249,7 +249,7 @@ class Envoy:
             OutOfOrderError: the forward pass has gone by it.
             ModuleNotRunError: the module does not run in this pass.
         """
-        module, tree, label = self._module, self._tree, label or self._label(kind)
+        module, tree, label = self._module, self._tree, label or f"{self._path or 'model'}.{kind}"
         trace = open_trace(tree.root)
         if trace is None:
             raise NoTraceError(label, user_site())

@@ -1,6 +1,6 @@
 """The only file that registers anything with torch.
 
-Hooks are put on demand and taken off when nobody waits for them. PyTorch decides whether a module has hooks when its
+Hooks are put on demand and taken off when the pass is over. PyTorch decides whether a module has hooks when its
 call *starts*, so asking for a module also arms its ancestors, whose calls may be under way by the time they are asked
 for themselves; a module that nobody asked for costs nothing.
 """
@@ -71,7 +71,7 @@ class HookBoard:
 
     def watch(self, module: torch.nn.Module, kind: str, ancestors: Iterable[torch.nn.Module]) -> None:
         """Deliver ``kind`` of ``module``, whose call stands inside calls of ``ancestors``, from now on."""
-        if ancestors is not self._armed_last:
+        if ancestors and ancestors is not self._armed_last:
             self._armed_last = ancestors
             for ancestor in ancestors:
                 self._arm(ancestor)

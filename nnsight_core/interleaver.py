@@ -41,7 +41,7 @@ from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 from nnsight_core.values import map_tensors
-from nnsight_core.witness import Order, missing_operation, verdict
+from nnsight_core.witness import Order, missing_operation, too_late_or_never
 
 
 class Interleaver:
@@ -56,7 +56,8 @@ class Interleaver:
     """
 
     event: Event | None = None
-    _stopped_at: Site | None = None
+    #: Where ``stop`` was called, if it was.
+    stopped_at: Site | None = None
     _failure: BaseException | None = None
     _somebody_missed = False
     #: What runs in the coroutine now is a client's doing and not the model's.
@@ -102,7 +103,12 @@ class Interleaver:
         if event is not None and self.fits(asked, event) and self._is_seen_by(client.rows):
             client.last_read = asked
             client.advance(event)
-            return
+        else:
+            self.expect(client, asked)
+
+    def expect(self, client: Client, asked: Asked) -> None:
+        """Let ``client`` have its turn when what it asks for comes; it is not there now."""
+        self.enrol(client)
         self._waiting[client] = asked
         each: Asked | None = asked
         while each is not None:
@@ -324,14 +330,14 @@ class Interleaver:
             raise WrongThreadError()
 
     @property
-    def stopped_at(self) -> Site | None:
-        """Where ``stop`` was called, if it was."""
-        return self._stopped_at
+    def is_in_its_thread(self) -> bool:
+        """Whether this is the thread that opened the trace."""
+        return threading.get_ident() == self._thread
 
     def missing(self, client: Client, asked: Asked) -> NNsightError:
         """Why ``asked`` did not come: too late, or never."""
-        if self._stopped_at is not None:
-            return TraceStoppedError(asked.label, asked.site, self._stopped_at)
+        if self.stopped_at is not None:
+            return TraceStoppedError(asked.label, asked.site, self.stopped_at)
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
@@ -348,14 +354,7 @@ class Interleaver:
         self._somebody_missed = True
         if asked.module in self._called and last is not None:
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
-        order = self.order()
-        found = verdict(order, asked, last)
-        if found == "running" and last is not None:
-            return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
-        if found == "before":
-            label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
-            return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
-        return ModuleNotRunError(asked.label, asked.site, order[1])
+        return too_late_or_never(asked, last, self.order())
 
     def order(self, inside: torch.nn.Module | None = None) -> Order:
         """The order of modules, and of the operations in ``inside``, found by a dry run; and a doubt, if any."""
@@ -379,8 +378,8 @@ class Interleaver:
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""
-        if self._stopped_at is None:
-            self._stopped_at = user_site()
+        if self.stopped_at is None:
+            self.stopped_at = user_site()
         self.unwind()
 
     def unwind(self) -> None:
@@ -406,7 +405,7 @@ class Interleaver:
         if not self._waiting and not self._observers and not counts:
             self.hooks.clear()
         try:
-            if self._stopped_at is None and (counts or not self._run_here()):
+            if self.stopped_at is None and (counts or not self._run_here()):
                 self.check_thread()
                 self.give_turn()
             if self._waiting:
@@ -429,9 +428,10 @@ class Interleaver:
         """Remove the hooks, without a further turn for the model."""
         self.plain_calls.off()
         self.hooks.clear()
-        self._waiting.clear()
-        self._observers.clear()
-        self._order.clear()
+        if self._order or self._observers:
+            self._waiting.clear()
+            self._observers.clear()
+            self._order.clear()
         self.at_steps.clear()
         self._called = frozenset()
         # It holds the inputs, and this object may wait a while for the garbage collector.

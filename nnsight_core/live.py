@@ -50,7 +50,7 @@ class LiveClient:
         interleaver.check_thread()
         if is_operation(asked.kind):
             join_running_call(interleaver, asked, self.last_read)
-        interleaver.wait(self, asked)
+        interleaver.expect(self, asked)
         interleaver.give_turn()
         answer, self._answer = self._answer, None
         if answer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +94,6 @@ class Part:
         self.call = call
         self.scope = Scope()
         self.scope.gradient_tape = backwards.tape
-        self.scope.give_inputs({} if call is None else call.inputs)
         self._batch = call
         self.tape: Tape | None = None
         self.live: LiveClient | None = None
@@ -291,7 +289,6 @@ class Pass:
         self._call = call
         self._edits = edits
         self._in_steps = call.runs_repeatedly
-        self._thread = threading.get_ident()
         self._clients: dict[Tape, TapeClient] = {}
         self._by_part: dict[Part, TapeClient] = {}
 
@@ -349,7 +346,7 @@ class Pass:
     def unwind(self) -> None:
         """Leave the pass where it stands."""
         try:
-            if threading.get_ident() == self._thread:
+            if self.interleaver.is_in_its_thread:
                 self.interleaver.unwind()
             else:
                 # Only its own thread may resume the forward pass; the hooks can go from anywhere.
@@ -360,6 +357,7 @@ class Pass:
     def _drop(self) -> None:
         for part in self.parts:
             part.live = None
-        # Those who run tapes know one another, and the collector alone could take that apart.
-        self._clients.clear()
-        self._by_part.clear()
+        if self._clients:
+            # Those who run tapes know one another, and the collector alone could take that apart.
+            self._clients.clear()
+            self._by_part.clear()

@@ -94,7 +94,8 @@ class Proxy(Operators, Appearance):
         """Keep the value beyond the end of the trace; returns the proxy itself."""
         if self._value is PENDING:
             return self._tape.save(self)
-        self._get()
+        if self._value is RELEASED or self._value is NEVER_CAME:
+            self._get()
         _set(self, "_saved", True)
         return self
 

@@ -167,8 +167,7 @@ class Scope:
     ) -> Proxy:
         """A proxy of ``value``, or of the call of a module, that lives in this scope; ``site`` is the user's line."""
         if not is_call:
-            is_tensor = isinstance(value, torch.Tensor)
-            made = _alias(TensorProxy, value) if is_tensor else _no_tensor(ObjectProxy)
+            made = _alias(TensorProxy, value) if isinstance(value, torch.Tensor) else _no_tensor(ObjectProxy)
         else:
             args, kwargs = value
             first = first_argument(value) if args or kwargs else None

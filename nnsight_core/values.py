@@ -182,6 +182,8 @@ def with_first_tensor(value: Any, tensor: Any) -> Any:
     >>> with_first_tensor((torch.tensor([1.0]), "cache"), torch.tensor([2.0]))
     (tensor([2.]), 'cache')
     """
+    if isinstance(value, torch.Tensor):
+        return tensor
     path = _path_to_first_tensor(value)
     if path is None:
         raise NoTensorError(value)

@@ -30,6 +30,23 @@ def verdict(order: Order, asked: Asked, last: Asked | None) -> str:
     return "running" if runs else "before"
 
 
+def too_late_or_never(asked: Asked, last: Asked | None, order: Order) -> NNsightError:
+    """Why the value of a module's own call did not come.
+
+    Args:
+        asked: what was asked for.
+        last: the last value that was there.
+        order: how the modules ran.
+    """
+    found = verdict(order, asked, last)
+    if found == "running" and last is not None:
+        return OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
+    if found == "before":
+        label, site = ("the end of the forward pass", None) if last is None else (last.label, last.site)
+        return OutOfOrderError(asked.label, asked.site, label, site, setting=asked.setting)
+    return ModuleNotRunError(asked.label, asked.site, order[1])
+
+
 def missing_operation(
     asked: Asked, last: Asked | None, ran: list[str] | None, look: Callable[[torch.nn.Module], Order]
 ) -> NNsightError:

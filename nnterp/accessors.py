@@ -116,7 +116,9 @@ def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = N
 
     def put(value: Any, part: Any) -> Any:
         old = place.get(value)
-        return place.put(value, place.shape.put(old, part).reshape(old.shape))
+        changed = place.shape.put(old, part)
+        # Where nothing has to be changed it stays the very same tensor.
+        return place.put(value, changed if changed.shape == old.shape else changed.reshape(old.shape))
 
     part = root.get(place.path).read(place.kind, place.label, setting, site or user_site(), (get, put))
     if not place.shape.is_usual or _is_reshaped(part):
