@@ -3,10 +3,12 @@
 from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CopyError,
     EmptyPromptError,
     GradientError,
     InputError,
     MissingInputError,
+    MissingWeightsError,
     ModelNotFoundError,
     ModuleNotRunError,
     NNsightError,
@@ -17,6 +19,8 @@ from nnsight_core.errors import (
     PromptTooLongError,
     RecordingError,
     ReleasedValueError,
+    ScanError,
+    SessionError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
@@ -28,12 +32,14 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CopyError",
     "EmptyPromptError",
     "Envoy",
     "GradientError",
     "InputError",
     "LanguageModel",
     "MissingInputError",
+    "MissingWeightsError",
     "ModelNotFoundError",
     "ModuleNotRunError",
     "NNsight",
@@ -47,6 +53,8 @@ __all__ = [
     "RecordingError",
     "ReleasedValueError",
     "save",
+    "ScanError",
+    "SessionError",
     "StepNotRunError",
     "Tracer",
     "TraceStoppedError",

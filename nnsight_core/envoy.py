@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -18,6 +19,18 @@ from nnsight_core.values import fitting
 
 Names = Mapping[str, str]
 _NO_NAMES: Names = {}
+#: Attributes of these kinds are those of a module with or without weights.
+_ALWAYS_THE_SAME = (bool, int, float, str, type(None))
+
+
+class Unloaded(Protocol):
+    """The weights of a model that has its modules, and nothing in them yet."""
+
+    def load(self) -> None:
+        """Put modules with weights in the place of those without."""
+
+    def alters(self, name: str, value: Any) -> bool:
+        """Whether the attribute ``name`` of a module, which is ``value`` now, may be another one with weights."""
 
 
 class Tree:
@@ -32,8 +45,35 @@ class Tree:
     def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
         self.root = root
         self.aliases = dict(aliases or {})
+        #: What is to be loaded before the model can run; None once it is.
+        self.unloaded: Unloaded | None = None
+        #: The device that weights which are not loaded will come to; None where nobody knows.
+        self.home: torch.device | None = None
+        #: The envoys that there are of a model that is not loaded, and the open parts of its dry runs.
+        self.envoys: WeakSet[Envoy] = WeakSet()
+        self.dry_runs: WeakSet[Any] = WeakSet()
         self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
+
+    def load(self) -> None:
+        """Make sure that the model has its weights."""
+        if self.unloaded is not None:
+            self.unloaded.load()
+
+    def adopt(self, root: torch.nn.Module) -> None:
+        """Let all envoys, those that the user holds too, speak of the modules of ``root`` at their paths."""
+        self.root = root
+        self.forget()
+        for envoy in list(self.envoys):
+            try:
+                envoy._module = root.get_submodule(envoy._path)
+            except AttributeError:
+                # The module that was there does not run any more, which whoever asks for its values will be told.
+                continue
+        self.envoys.clear()
+        for part in list(self.dry_runs):
+            part.root = root
+            part.twin.follow(root)
 
     def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
         """Every module inside whose call ``module`` may be called, the root among them.
@@ -96,6 +136,8 @@ class Envoy:
         self._tree = tree
         self._names = tree.aliases.get(path, _NO_NAMES)
         self._children = {}
+        if tree.unloaded is not None:
+            tree.envoys.add(self)
 
     # Going down the tree.
 
@@ -123,9 +165,24 @@ class Envoy:
         if name.startswith("__"):
             raise AttributeError(name)
         try:
-            return getattr(module, name)
+            value = getattr(module, name)
         except AttributeError:
+            if self._tree.unloaded is not None and self._tree.unloaded.alters(name, None):
+                self._tree.load()
+                return getattr(self, name)
             raise NoSuchModuleError(name, self._described(), [*module._modules, *names]) from None
+        return value if isinstance(value, _ALWAYS_THE_SAME) else self._attribute(name, value)
+
+    def _attribute(self, name: str, value: Any) -> Any:
+        """An attribute of the module, which is ``value`` as the module stands now."""
+        trace = open_trace(self._tree.root)
+        if trace is not None:
+            own = isinstance(value, torch.Tensor) or callable(value)
+            return getattr(trace.running(self._module), name) if own else value
+        if self._tree.unloaded is not None and self._tree.unloaded.alters(name, value):
+            self._tree.load()
+            return getattr(self._module, name)
+        return value
 
     def _root_envoy(self) -> Envoy:
         return self if self._path == "" else Envoy(self._tree.root, "", self._tree)
@@ -184,6 +241,8 @@ class Envoy:
             setattr(self._module, name, value)
             self._tree.forget()
         elif hasattr(self._module, name):
+            # What was set before the weights are there would be lost when they come.
+            self._tree.load()
             setattr(self._module, name, value)
         else:
             known = [*self._module._modules, *self._names, "output", "input", "inputs"]
@@ -317,7 +376,10 @@ class Envoy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module here and now, apart from the forward pass: ``model.lm_head(model.ln_f(hidden))``."""
-        return apply(self._module, *args, **kwargs)
+        trace = open_trace(self._tree.root)
+        if trace is None:
+            self._tree.load()
+        return apply(self._module if trace is None else trace.running(self._module), *args, **kwargs)
 
 
 def _annotations(kind: type) -> set[str]:

@@ -161,11 +161,12 @@ def resolved(value: Any) -> Any:
     """``value`` with pending proxies replaced by what has arrived for them."""
     kind = type(value)
     if issubclass(kind, Proxy):
-        if value._tape is None:
-            return value
-        if value._value is PENDING and value._live is None:
+        if value._live is not None:
+            return value._live
+        if value._value is PENDING:
             raise NotThereYet(value)
-        return value._live
+        # It is there, or was saved in an earlier trace.
+        return value
     if kind in (tuple, list):
         return kind(resolved(entry) for entry in value)
     if kind is dict:
