@@ -33,18 +33,19 @@ def _own_home(module: torch.nn.Module) -> torch.device | None:
 
 def homes(root: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.device | None]]:
     """Every module below ``root``, itself included, with the device that it is made to run on; None where it is not."""
-    seen: set[torch.nn.Module] = set()
+    return _homes(root, None, set())
 
-    def walk(module: torch.nn.Module, outer: torch.device | None) -> Iterator[tuple[torch.nn.Module, Any]]:
-        if module in seen:
-            return
-        seen.add(module)
-        home = _own_home(module) or outer
-        yield module, home
-        for child in module.children():
-            yield from walk(child, home)
 
-    return walk(root, None)
+def _homes(
+    module: torch.nn.Module, outer: torch.device | None, seen: set[torch.nn.Module]
+) -> Iterator[tuple[torch.nn.Module, torch.device | None]]:
+    if module in seen:
+        return
+    seen.add(module)
+    home = _own_home(module) or outer
+    yield module, home
+    for child in module.children():
+        yield from _homes(child, home, seen)
 
 
 def input_device(root: torch.nn.Module, otherwise: torch.device | None = None) -> torch.device:

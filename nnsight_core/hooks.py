@@ -301,14 +301,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def without_hooks(root: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, the modules of ``root`` show no gates, and no hooks but their own, to whoever copies them."""
+def without_hooks(root: torch.nn.Module, but_own: bool = False) -> Iterator[None]:
+    """While it lasts, the modules of ``root`` show no gates and no hooks to whoever copies them.
+
+    ``but_own`` leaves those that the model's own library has put there, which are part of what it computes.
+    """
     kept = [(module, name, module.__dict__[name]) for module in root.modules() for name in _HOOKS]
     gated = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), Gate)]
     gates = [(module, module.__dict__.pop("forward")) for module in gated]
     try:
         for module, name, hooks in kept:
-            module.__dict__[name] = type(hooks)((key, h) for key, h in hooks.items() if _is_own(h, module, root))
+            own = [(key, hook) for key, hook in hooks.items() if but_own and _is_own(hook, module, root)]
+            module.__dict__[name] = type(hooks)(own)
         for module, gate in gates:
             if gate.own is not None:
                 module.__dict__["forward"] = gate.own
@@ -321,7 +325,7 @@ def without_hooks(root: torch.nn.Module) -> Iterator[None]:
 
 
 def _is_own(hook: Any, *modules: torch.nn.Module) -> bool:
-    """Whether a hook comes from the library that one of ``modules`` comes from, and so is part of what it computes."""
+    """Whether a hook comes from the library that one of ``modules`` comes from."""
     while isinstance(hook, partial):
         hook = hook.func
     return _package_of(hook) in {_package_of(type(module)) for module in modules}

@@ -16,4 +16,4 @@ class Scan(Tracer):
 
     def _make_ready(self) -> None:
         tree = self._model._tree
-        self._twin = Twin(tree.root, ShapesOnly.here(), tree.home)
+        self._twin = Twin(tree.root, ShapesOnly.here(), tree.home, with_hooks=True)

@@ -24,18 +24,25 @@ class Twin:
         root: the module.
         shapes: makes the tensors of the copy; None copies the numbers.
         home: the device of weights that are not loaded.
+        with_hooks: the copy has the hooks that the model's own library has put on the module.
 
     Raises:
         CopyError: the module holds something that cannot be copied.
     """
 
-    def __init__(self, root: torch.nn.Module, shapes: ShapesOnly | None, home: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        shapes: ShapesOnly | None,
+        home: torch.device | None = None,
+        with_hooks: bool = False,
+    ) -> None:
         self.shapes = shapes
         known = _tensors(root, shapes, home)
         for hook, resident in resident_hooks(root):
             known[id(hook)] = resident
         try:
-            with without_hooks(root):
+            with without_hooks(root, with_hooks):
                 self.module: torch.nn.Module = copy.deepcopy(root, known)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             raise CopyError(type(root).__name__, str(error).rstrip("."), user_site()) from error
