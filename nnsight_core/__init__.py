@@ -3,11 +3,13 @@
 from nnsight_core.arguments import apply, save
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CopyError,
     EditError,
     EmptyPromptError,
     GradientError,
     InputError,
     MissingInputError,
+    MissingWeightsError,
     ModelNotFoundError,
     ModuleNotRunError,
     NameTakenError,
@@ -19,6 +21,8 @@ from nnsight_core.errors import (
     PromptTooLongError,
     RecordingError,
     ReleasedValueError,
+    ScanError,
+    SessionError,
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
@@ -30,6 +34,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CopyError",
     "EditError",
     "EmptyPromptError",
     "Envoy",
@@ -37,6 +42,7 @@ __all__ = [
     "InputError",
     "LanguageModel",
     "MissingInputError",
+    "MissingWeightsError",
     "ModelNotFoundError",
     "ModuleNotRunError",
     "NameTakenError",
@@ -51,6 +57,8 @@ __all__ = [
     "RecordingError",
     "ReleasedValueError",
     "save",
+    "ScanError",
+    "SessionError",
     "StepNotRunError",
     "Tracer",
     "TraceStoppedError",

@@ -13,13 +13,14 @@ from nnsight_core.asked import Asked, View
 from nnsight_core.bytecode import drops_result, unpacks_result
 from nnsight_core.current import closed, open_trace, opened
 from nnsight_core.edits import LOOKED_AT, Edit, Edits
-from nnsight_core.envoy import Envoy, Tree
+from nnsight_core.envoy import Envoy
 from nnsight_core.errors import EditError, RecordingError
 from nnsight_core.gradients import GradientTape
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame, user_site
 from nnsight_core.tape import Tape
+from nnsight_core.tree import Tree
 
 
 class EditPart:
@@ -41,6 +42,16 @@ class EditPart:
         self.scope.give_inputs(_NoInputs())
         self.edit = Edit(self.scope, self, tree.root, name)
         self.scope.tape = self.edit
+        tree.open_parts.add(self)
+
+    def follow(self, root: torch.nn.Module) -> None:
+        """The model has been loaded."""
+        self.root = self.edit.root = root
+
+    def running(self, module: torch.nn.Module) -> torch.nn.Module:
+        """``module``, with its weights."""
+        self.tree.load()
+        return self.tree.now(module)
 
     def step_of(self, module: torch.nn.Module) -> int:
         """An edit is done in each run of the model."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,72 +11,15 @@ import torch
 from nnsight_core.arguments import apply, is_same_value
 from nnsight_core.asked import Asked, View
 from nnsight_core.current import OpenTrace, open_trace
-from nnsight_core.edits import Edits
 from nnsight_core.errors import NameTakenError, NoSuchModuleError, NoTraceError
 from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
+from nnsight_core.tree import Names, Tree
 from nnsight_core.values import fitting
 
-Names = Mapping[str, str]
 _NO_NAMES: Names = {}
-
-
-class Tree:
-    """What all envoys of one model share: the root, the extra names, and who calls whom.
-
-    Args:
-        root: the wrapped module.
-        aliases: for each parent path (``""`` is the root) the extra names that it answers to, and the full path
-            that each stands for.
-    """
-
-    def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
-        self.root = root
-        self.aliases = dict(aliases or {})
-        #: What is done in every trace, in this order.
-        self.edits = Edits()
-        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
-        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
-
-    def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        """Every module inside whose call ``module`` may be called, the root among them.
-
-        A module that hangs in the tree at several places has the ancestors of all of them.
-        """
-        found = self._ancestors.get(module)
-        if found is None:
-            self._index()
-            found = self._ancestors[module] = self._collect(module)
-        return found
-
-    def twin(self) -> Tree:
-        """The same modules under the same names, with edits of their own from here on."""
-        twin = copy.copy(self)
-        twin.aliases = dict(self.aliases)
-        return twin
-
-    def forget(self) -> None:
-        """The tree has changed: work out anew who calls whom."""
-        self._parents.clear()
-        self._ancestors.clear()
-
-    def _index(self) -> None:
-        self._parents.clear()
-        for parent in self.root.modules():
-            for child in parent.children():
-                self._parents.setdefault(child, []).append(parent)
-
-    def _collect(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-        found: dict[torch.nn.Module, None] = {}
-        waiting = [module]
-        while waiting:
-            for parent in self._parents.get(waiting.pop(), ()):
-                if parent not in found:
-                    found[parent] = None
-                    waiting.append(parent)
-        found.setdefault(self.root, None)
-        found.pop(module, None)
-        return tuple(found)
+#: Attributes of these kinds are those of a module with or without weights.
+_ALWAYS_THE_SAME = (bool, int, float, str, type(None))
 
 
 class Envoy:
@@ -106,6 +48,8 @@ class Envoy:
         self._tree = tree
         self._names = tree.aliases.get(path, _NO_NAMES)
         self._children = {}
+        if tree.unloaded is not None and not self._is_result:
+            tree.envoys.add(self)
 
     # Going down the tree.
 
@@ -133,9 +77,24 @@ class Envoy:
         if name.startswith("__"):
             raise AttributeError(name)
         try:
-            return getattr(module, name)
+            value = getattr(module, name)
         except AttributeError:
+            if self._tree.unloaded is not None and self._tree.unloaded.alters(name, None):
+                self._tree.load()
+                return getattr(self, name)
             raise NoSuchModuleError(name, self._described(), [*module._modules, *names]) from None
+        return value if isinstance(value, _ALWAYS_THE_SAME) else self._attribute(name, value)
+
+    def _attribute(self, name: str, value: Any) -> Any:
+        """An attribute of the module, which is ``value`` as the module stands now."""
+        trace = open_trace(self._tree.root)
+        if trace is not None:
+            own = isinstance(value, torch.Tensor) or callable(value)
+            return getattr(trace.running(self._module), name) if own else value
+        if self._tree.unloaded is not None and self._tree.unloaded.alters(name, value):
+            self._tree.load()
+            return getattr(self._module, name)
+        return value
 
     def _root_envoy(self) -> Envoy:
         return self if self._path == "" else Envoy(self._tree.root, "", self._tree)
@@ -194,6 +153,8 @@ class Envoy:
         elif name.startswith("_") or hasattr(type(self), name) or name in _annotations(type(self)):
             object.__setattr__(self, name, value)
         elif hasattr(self._module, name):
+            # What was set before the weights are there would be lost when they come.
+            self._tree.load()
             setattr(self._module, name, value)
         else:
             known = [*self._module._modules, *self._names, "output", "input", "inputs"]
@@ -217,6 +178,7 @@ class Envoy:
         if name not in self._module._modules:
             object.__delattr__(self, name)
             return
+        self._tree.load()
         delattr(self._module, name)
         self._children.pop(name, None)
         self._tree.forget()
@@ -354,10 +316,13 @@ class Envoy:
         of its children can be asked for, and set, by everybody who waits for them; and whoever called it may ask for
         them afterwards.
         """
-        trace = open_trace(self._tree.root) if hook else None
+        trace = open_trace(self._tree.root)
         if trace is None:
+            self._tree.load()
             return apply(self._module, *args, **kwargs)
-        return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
+        if hook:
+            return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
+        return apply(trace.running(self._module), *args, **kwargs)
 
 
 def _annotations(kind: type) -> set[str]:

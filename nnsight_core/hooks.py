@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any, ClassVar
 
@@ -176,7 +177,10 @@ class Gate:
             if self._boards:
                 return
             del self._gates[id(self._module)]
-            # Somebody may have set a forward of their own since, which is not ours to take away.
+            # Somebody may have set a forward of their own since, which is not ours to take away. If it goes on to what
+            # was there before, as that of a library that fetches weights does, that is not to be the gate for good.
+            if self._module.__dict__.get("_old_forward") is self:
+                self._module.__dict__["_old_forward"] = self._forward
             if self._module.__dict__.get("forward") is self:
                 if self.own is None:
                     del self._module.__dict__["forward"]
@@ -297,14 +301,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def without_hooks(root: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, the modules of ``root`` show no hooks and no gates to whoever copies them."""
+def without_hooks(root: torch.nn.Module, but_own: bool = False) -> Iterator[None]:
+    """While it lasts, the modules of ``root`` show no gates and no hooks to whoever copies them.
+
+    ``but_own`` leaves those that the model's own library has put there, which are part of what it computes.
+    """
     kept = [(module, name, module.__dict__[name]) for module in root.modules() for name in _HOOKS]
     gated = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), Gate)]
     gates = [(module, module.__dict__.pop("forward")) for module in gated]
     try:
         for module, name, hooks in kept:
-            module.__dict__[name] = type(hooks)()
+            own = [(key, hook) for key, hook in hooks.items() if but_own and _is_own(hook, module, root)]
+            module.__dict__[name] = type(hooks)(own)
         for module, gate in gates:
             if gate.own is not None:
                 module.__dict__["forward"] = gate.own
@@ -314,3 +322,14 @@ def without_hooks(root: torch.nn.Module) -> Iterator[None]:
             module.__dict__[name] = hooks
         for module, gate in gates:
             module.__dict__["forward"] = gate
+
+
+def _is_own(hook: Any, *modules: torch.nn.Module) -> bool:
+    """Whether a hook comes from the library that one of ``modules`` comes from."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return _package_of(hook) in {_package_of(type(module)) for module in modules}
+
+
+def _package_of(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).partition(".")[0]

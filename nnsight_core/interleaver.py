@@ -29,7 +29,7 @@ from nnsight_core.errors import (
 )
 from nnsight_core.events import Event
 from nnsight_core.forward_pass import ForwardPass, Unwind
-from nnsight_core.hooks import HookBoard, PlainCalls
+from nnsight_core.hooks import Deliver, HookBoard, PlainCalls
 from nnsight_core.observers import Note, Observers
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
@@ -45,6 +45,7 @@ class Interleaver:
             abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
         observe: finds out, once something has gone wrong, in which order the model runs its modules.
         root: the model, if its runs are to be counted: one pass may run it several times.
+        board: makes the hooks of the pass.
     """
 
     event: Event | None = None
@@ -60,14 +61,20 @@ class Interleaver:
     _rows: Rows | None = None
     _called: frozenset[torch.nn.Module] = frozenset()
 
-    def __init__(self, forward: ForwardPass, observe: Callable[[], Order], root: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        forward: ForwardPass,
+        observe: Callable[[], Order],
+        root: torch.nn.Module | None = None,
+        board: Callable[[Callable[[], Any], Deliver], HookBoard] = HookBoard,
+    ) -> None:
         self._forward = weakref.ref(forward)
         self._observe: Callable[[], Order] | None = observe
         self._body = getcurrent()
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
-        self.hooks = HookBoard(self._forward, self._arrived)
+        self.hooks = board(self._forward, self._arrived)
         self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.devices import has_numbers
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import ModelNotFoundError
-from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
+from nnsight_core.language_model import LanguageModel
+from nnsight_core.loading import Checkpoint
 from nnsight_core.scope import Scope
 from nnterp.accessors import ModuleAccess, Place, ValueAccess, logits_of, read, with_logits, write
 from nnterp.architectures import spec_for, spec_from_file
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
+from nnterp.errors import RemoteNotAvailableError
 from nnterp.rename import RenameConfig, dimensions, plan
 from nnterp.residual_stream import ResidualStream
 from nnterp.validation import validate
@@ -44,19 +47,24 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         model: a folder, a name on the hub, the name of a model that comes with the package (``demo-gpt2``,
             ``demo-llama``), or a model object.
         trust_remote_code: let a checkpoint bring its own code, as in transformers.
-        check_renaming: check the names by numbers, with one small forward pass.
+        check_renaming: check the names by numbers, with one small forward pass, once the weights are loaded.
+        remote: not available.
+        allow_dispatch: load the weights at once. ``False`` loads and checks them when they are needed first.
         rename_config: which modules play which part, where the specification does not fit the model.
         rename: extra names for modules, ``{"transformer.h": "blocks"}``.
         spec: a specification of one's own, as a path to a YAML file.
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
-        enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
-        kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
+        dispatch: another name for ``allow_dispatch``, which it overrides.
+        enable_attention_probs, check_attn_probs_with_trace, allow_multimodal: accepted for scripts that set them;
+            nothing has to be enabled or allowed.
+        kwargs: as for :class:`~nnsight_core.LanguageModel`: ``device_map``, ``dtype``, ``revision``, ...
 
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
         UnknownArchitectureError: no specification serves the model's type.
         RenamingError: a name or path does not fit the model.
         ValidationError: the specification's promises do not hold on this model.
+        RemoteNotAvailableError: ``remote`` is set.
     """
 
     num_layers: int
@@ -79,33 +87,50 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         model: str | Path | torch.nn.Module,
         trust_remote_code: bool = False,
         check_renaming: bool = True,
-        *,
+        remote: bool = False,
+        allow_dispatch: bool = True,
+        enable_attention_probs: bool = False,
+        check_attn_probs_with_trace: bool = True,
+        allow_multimodal: bool = False,
         rename_config: RenameConfig | None = None,
+        *,
         rename: Mapping[str, str | list[str]] | None = None,
         spec: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        enable_attention_probs: bool = False,
+        dispatch: bool | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if remote:
+            raise RemoteNotAvailableError("StandardizedTransformer")
+        source: Checkpoint | torch.nn.Module
         if isinstance(model, torch.nn.Module):
-            refuse_loading_options(kwargs)
-            module = model
+            source, module = model, model
         else:
-            module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+            source = _checkpoint(model, trust_remote_code=trust_remote_code, **kwargs)
+            module, kwargs = source.module, {}
         config: Any = module.config
         family = spec_from_file(spec) if spec else spec_for(config.model_type)
         self._spec = family.for_config(config)
-        sizes = dimensions(self._spec, config, rename_config)
+        self._sizes = dimensions(self._spec, config, rename_config)
         names = [name for name, _ in module.named_modules()]
-        self._plan = plan(self._spec, names, sizes.num_layers, rename_config, rename)
-        super().__init__(module, tokenizer, self._plan.aliases)
+        self._plan = plan(self._spec, names, self._sizes.num_layers, rename_config, rename)
+        super().__init__(source, tokenizer, self._plan.aliases, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
-            setattr(self, name, getattr(sizes, name))
+            setattr(self, name, getattr(self._sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
         self._embeddings_place = Place(self._plan.embed[-1], "output", "token_embeddings")
         self._add_accessors()
-        if check_renaming and not any(each.is_meta for each in module.parameters()):
-            validate(module, self._plan, self._spec, sizes, self.project_on_vocab)
+        self._is_checked = not check_renaming
+        if self.dispatched:
+            self._check_loaded()
+        elif allow_dispatch if dispatch is None else dispatch:
+            self.dispatch()
+
+    def _check_loaded(self) -> None:
+        if not self._is_checked and has_numbers(self._module):
+            validate(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+            self._is_checked = True
 
     def _twin(self) -> StandardizedTransformer:
         twin = super()._twin()
@@ -179,9 +204,7 @@ def _no_padding(scope: Scope) -> torch.Tensor:
     return torch.ones_like(scope.inputs["input_ids"])
 
 
-def _load(
-    name: str | Path, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool, **kwargs: Any
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase | None]:
+def _checkpoint(name: str | Path, **options: Any) -> Checkpoint:
     # A folder of one's own wins over a model that comes along under the same name.
     place: str | Path = name
     if isinstance(name, str) and not Path(name).is_dir():
@@ -189,5 +212,4 @@ def _load(
         if place == name and name.startswith("demo-"):
             # These names are the package's own, so the hub need not be asked for one that is mistyped.
             raise ModelNotFoundError(name, "no model of this name comes with the package.", DEMO_MODELS)
-    module = load_model(place, DEMO_MODELS, trust_remote_code=trust_remote_code, **kwargs)
-    return module, tokenizer or load_tokenizer(place, trust_remote_code=trust_remote_code)
+    return Checkpoint(place, known=DEMO_MODELS, **options)

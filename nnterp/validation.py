@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nnsight_core.cache import collect
+from nnsight_core.devices import input_device
 from nnsight_core.values import first_tensor
 from nnterp.accessors import logits_of
 from nnterp.dimensions import Dimensions
@@ -67,7 +68,7 @@ class Probe:
         paths |= {path for path in (*plan.embed, *plan.unembed) if path}
         self._modules = {path: module.get_submodule(path) for path in sorted(paths)}
         vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        device = next(module.parameters()).device
+        device = input_device(module)
         ids = (torch.arange(BATCH * POSITIONS, device=device).reshape(BATCH, POSITIONS) * 7 + 3) % vocabulary
         with _evaluating(module), torch.no_grad():
             self._kept, output = collect(lambda: module(input_ids=ids), self._modules.values())

@@ -1,0 +1,126 @@
+"""What all envoys of one model share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from nnsight_core.edits import Edits
+
+Names = Mapping[str, str]
+
+
+class Unloaded(Protocol):
+    """The weights of a model that has its modules, and nothing in them yet."""
+
+    def load(self) -> None:
+        """Put modules with weights in the place of those without."""
+
+    def alters(self, name: str, value: Any) -> bool:
+        """Whether the attribute ``name`` of a module, which is ``value`` now, may be another one with weights."""
+
+
+class Tree:
+    """What all envoys of one model share: the root, the extra names, and who calls whom.
+
+    Args:
+        root: the wrapped module.
+        aliases: for each parent path (``""`` is the root) the extra names that it answers to, and the full path
+            that each stands for.
+    """
+
+    def __init__(self, root: torch.nn.Module, aliases: Mapping[str, Names] | None = None) -> None:
+        self.root = root
+        self.aliases = dict(aliases or {})
+        #: What is done in every trace, in this order.
+        self.edits = Edits()
+        #: What is to be loaded before the model can run; None once it is.
+        self.unloaded: Unloaded | None = None
+        #: The device that weights which are not loaded will come to; None where nobody knows.
+        self.home: torch.device | None = None
+        #: The envoys that there are of a model that is not loaded, and the open parts of its edits and dry runs.
+        self.envoys: WeakSet[Any] = WeakSet()
+        self.open_parts: WeakSet[Any] = WeakSet()
+        #: All trees of these modules: edited models have their own.
+        self._trees: WeakSet[Tree] = WeakSet([self])
+        #: What has taken the place of modules without weights.
+        self._loaded: WeakKeyDictionary[torch.nn.Module, torch.nn.Module] = WeakKeyDictionary()
+        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
+
+    def load(self) -> None:
+        """Make sure that the model has its weights."""
+        if self.unloaded is not None:
+            self.unloaded.load()
+
+    def adopt(self, root: torch.nn.Module) -> None:
+        """Let all envoys, those that the user holds too, speak of the modules of ``root`` at their paths."""
+        loaded = dict(root.named_modules(remove_duplicate=False))
+        for path, module in self.root.named_modules(remove_duplicate=False):
+            if loaded.get(path, module) is not module:
+                self._loaded[module] = loaded[path]
+        self.forget()
+        for envoy in list(self.envoys):
+            # A module that is not there does not run any more, which whoever asks for its values will be told.
+            envoy._module = loaded.get(envoy._path, envoy._module)
+        self.envoys.clear()
+        for tree in list(self._trees):
+            tree.root = root
+            for edit in tree.edits:
+                edit.root = root
+        for part in list(self.open_parts):
+            part.follow(root)
+
+    def all_loaded(self) -> None:
+        """The weights are there, for edited models too."""
+        for tree in list(self._trees):
+            tree.unloaded = None
+
+    def now(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What ``module``, which may have been without weights, has become."""
+        return self._loaded.get(module, module)
+
+    def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+        """Every module inside whose call ``module`` may be called, the root among them.
+
+        A module that hangs in the tree at several places has the ancestors of all of them.
+        """
+        found = self._ancestors.get(module)
+        if found is None:
+            self._index()
+            found = self._ancestors[module] = self._collect(module)
+        return found
+
+    def twin(self) -> Tree:
+        """The same modules under the same names, with edits of their own from here on."""
+        twin = copy.copy(self)
+        twin.aliases = dict(self.aliases)
+        self._trees.add(twin)
+        return twin
+
+    def forget(self) -> None:
+        """The tree has changed: work out anew who calls whom."""
+        self._parents.clear()
+        self._ancestors.clear()
+
+    def _index(self) -> None:
+        self._parents.clear()
+        for parent in self.root.modules():
+            for child in parent.children():
+                self._parents.setdefault(child, []).append(parent)
+
+    def _collect(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+        found: dict[torch.nn.Module, None] = {}
+        waiting = [module]
+        while waiting:
+            for parent in self._parents.get(waiting.pop(), ()):
+                if parent not in found:
+                    found[parent] = None
+                    waiting.append(parent)
+        found.setdefault(self.root, None)
+        found.pop(module, None)
+        return tuple(found)
