@@ -3,11 +3,13 @@
 from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
+    CopyError,
     EditError,
     EmptyPromptError,
     GradientError,
     InputError,
     MissingInputError,
+    MissingWeightsError,
     ModelNotFoundError,
     ModuleNotRunError,
     NameTakenError,
@@ -25,6 +27,8 @@ from nnsight_core.errors import (
     RemoteError,
     RenameError,
     RowsError,
+    ScanError,
+    SessionError,
     SourceError,
     StepNotRunError,
     TraceStoppedError,
@@ -38,6 +42,7 @@ from nnsight_core.tracer import Tracer
 
 __all__ = [
     "apply",
+    "CopyError",
     "EditError",
     "EmptyPromptError",
     "Envoy",
@@ -46,6 +51,7 @@ __all__ = [
     "LanguageModel",
     "log",
     "MissingInputError",
+    "MissingWeightsError",
     "ModelNotFoundError",
     "ModuleNotRunError",
     "NameTakenError",
@@ -66,6 +72,8 @@ __all__ = [
     "RenameError",
     "RowsError",
     "save",
+    "ScanError",
+    "SessionError",
     "SourceError",
     "StepNotRunError",
     "Tracer",

@@ -13,6 +13,9 @@
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
+    ├── ScanError                a scan was asked for numbers
+    ├── CopyError                a module that cannot be copied was to be scanned
+    ├── SessionError             a session inside a session, or one that is over
     ├── NoSuchModuleError        a name that is not in the module tree
     ├── NoSuchEntryError         an index beyond the modules of a list
     ├── RenameError              a new name for a module that fits none, or that is taken
@@ -25,7 +28,8 @@
         ├── MissingInputError    a trace without anything to run on
         ├── EmptyPromptError     a prompt without a token
         ├── PromptTooLongError   a prompt beyond the model's context length
-        └── ModelNotFoundError   a name or folder that holds no model
+        ├── ModelNotFoundError   a name or folder that holds no model
+        └── MissingWeightsError  a model some of whose weights are not there
 
 Each class writes its own message: what was asked, at which line, what is so, and how to mend it.
 """
@@ -182,7 +186,7 @@ class ReleasedValueError(NNsightError, ValueError):
     """A value was used after its trace had ended, and was not saved or never came."""
 
     def __init__(self, made_at: Site, never_came: bool = False, of_edit: bool = False) -> None:
-        what = "it was not saved, so it was released when its trace ended.", "Keep it with .save() inside the trace."
+        what = "it was not saved, so it was released when its trace or session ended.", "Keep it with .save()."
         if of_edit:
             what = "no trace has given it.", "Write .save() in the edit, and run a trace of the edited model first."
         if never_came:
@@ -228,6 +232,39 @@ class NameTakenError(NNsightError, ValueError):
 
     def __init__(self, name: str, parent: str, why: str) -> None:
         super().__init__(f"No module can be added to {parent} as {name!r}: {why}\nGive it a name of its own.")
+
+
+class ScanError(NNsightError):
+    """A scan was asked for numbers, by the script or by the model itself."""
+
+    def __init__(self, what: str, site: Site, in_model: bool = False) -> None:
+        mend = "Take shapes, dtypes and devices alone, or open a trace instead: with model.trace(inputs): ..."
+        if in_model:
+            mend = "What this model does depends on its numbers. Open a trace instead: with model.trace(inputs): ..."
+        super().__init__(
+            f"{what}, but a scan has shapes, not numbers.\n{_table([('at', site.source or 'this line', site)])}\n{mend}"
+        )
+
+
+class CopyError(NNsightError):
+    """A module cannot be copied, so there is nothing that a dry run could run."""
+
+    def __init__(self, module: str, reason: str, site: Site) -> None:
+        super().__init__(
+            f"{module} cannot be copied, and a scan runs a copy of the model: {reason}.\n"
+            f"{_table([('at', site.source or 'this line', site)])}\n"
+            "Open a trace instead: with model.trace(inputs): ..."
+        )
+
+
+class SessionError(NNsightError):
+    """A session was asked for what it cannot do: to be opened in another one or twice, to run elsewhere, to loop."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}\nA session is opened once, around all the traces that belong together:\n"
+            "    with model.session():\n        for prompt in prompts:\n            with model.trace(prompt): ..."
+        )
 
 
 #: What scripts of other eras ask of a module or of the trace, and how it is written here.
@@ -357,3 +394,15 @@ class ModelNotFoundError(InputError):
             lines.append(f"Models that come with the package: {', '.join(known)}.")
         lines.append("Give a folder that holds config.json and weights, a name on the hub, or a model object.")
         super().__init__("\n".join(line for line in lines if line))
+
+
+class MissingWeightsError(InputError):
+    """A checkpoint lacks weights of its model, which would be left to chance."""
+
+    def __init__(self, name: str, missing: Sequence[str], model: str) -> None:
+        shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+        super().__init__(
+            f"{name!r} lacks {len(missing)} of the weights of {model}, which would start out random: {shown}\n"
+            "If that is meant, say so by loading it yourself:\n"
+            f"    LanguageModel({model}.from_pretrained({name!r}), tokenizer=...)"
+        )

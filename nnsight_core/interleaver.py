@@ -36,6 +36,7 @@ from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import is_operation
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
+from nnsight_core.taps import Deliver
 from nnsight_core.values import map_tensors
 from nnsight_core.witness import Order, missing_operation, verdict
 
@@ -49,6 +50,7 @@ class Interleaver:
             abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
         observe: finds out, once something has gone wrong, in which order the model runs its modules.
         root: the model, if its runs are to be counted: one pass may run it several times.
+        board: makes the hooks of the pass.
     """
 
     event: Event | None = None
@@ -69,6 +71,7 @@ class Interleaver:
         forward: ForwardPass,
         observe: Callable[[torch.nn.Module | None], Order],
         root: torch.nn.Module | None = None,
+        board: Callable[[Callable[[], Any], Deliver], HookBoard] = HookBoard,
     ) -> None:
         self._forward = weakref.ref(forward)
         self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
@@ -76,7 +79,7 @@ class Interleaver:
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
-        self.hooks = HookBoard(self._forward, self._arrived)
+        self.hooks = board(self._forward, self._arrived)
         self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
