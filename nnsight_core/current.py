@@ -137,6 +137,13 @@ def open_session() -> OpenSession | None:
     return _innermost(entries) if entries else None
 
 
+def end_scope(scope: Scope, session: OpenSession | None) -> None:
+    """The trace of ``scope`` is over: its values go, or live on in its ``session``."""
+    scope.close(keep=session is not None)
+    if session is not None:
+        session.keep(scope)
+
+
 def _innermost(entries: list[_Entry]) -> Any:
     if len(entries) == 1 and not entries[0].can_be_left:
         return entries[0].trace()

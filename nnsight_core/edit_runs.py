@@ -11,7 +11,7 @@ import torch
 
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
-from nnsight_core.current import OpenSession
+from nnsight_core.current import OpenSession, end_scope
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
 from nnsight_core.errors import NNsightError, RecordingError, StepNotRunError
 from nnsight_core.hooked_calls import call_hooked
@@ -182,9 +182,7 @@ class EditRuns:
         for edit, run in self._latest.items():
             edit.keep(run.results)
         for scope in self._scopes:
-            scope.close(keep=session is not None)
-            if session is not None:
-                session.keep(scope)
+            end_scope(scope, session)
         self._scopes, self._clients = [], []
         self._latest, self._expected = {}, {}
 

@@ -36,28 +36,10 @@ Each class writes its own message: what was asked, at which line, what is so, an
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
+from nnsight_core.error_text import did_you_mean, table
 from nnsight_core.sites import Site
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like ``name``, best first; empty when none is near."""
-    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.5)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    found = nearest(name, known)
-    return f"Did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
-
-
-def _table(rows: Sequence[tuple[str, str, Site | None]]) -> str:
-    wide = max(len(label) for label, _, _ in rows)
-    named = max(len(what) for _, what, _ in rows)
-    return "\n".join(
-        f"  {label:<{wide}}   {what:<{named}}   {site.short if site else ''}".rstrip() for label, what, site in rows
-    )
 
 
 class NNsightError(Exception):
@@ -103,7 +85,7 @@ class OutOfOrderError(OrderError):
             mend = f"Ask for {asked} before {reached}, and keep it in a variable."
         rows = [("called" if reached == "the call" else "already read", reached, reached_at), (verb, asked, asked_at)]
         super().__init__(
-            f"{asked} was {verb} {what}.\n{_table(rows)}\n"
+            f"{asked} was {verb} {what}.\n{table(rows)}\n"
             f"A model gives each value once, in the order it makes them. {mend}"
         )
 
@@ -115,7 +97,7 @@ class ModuleNotRunError(OrderError):
         rest = "\n".join(each for each in (doubt, hint) if each)
         super().__init__(
             f"{asked} was asked for, but its module did not run in this forward pass.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n"
+            f"{table([('asked for', asked, asked_at)])}\n"
             "Check in print(model) that it is on the path that these inputs take." + (f"\n{rest}" if rest else "")
         )
 
@@ -133,7 +115,7 @@ class StepNotRunError(OrderError):
             mend = "A trace runs the model once; steps are those of model.generate(prompt, max_new_tokens=...)."
         super().__init__(
             f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {times}.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n{mend}"
+            f"{table([('asked for', asked, asked_at)])}\n{mend}"
         )
 
 
@@ -143,7 +125,7 @@ class TraceStoppedError(OrderError):
     def __init__(self, asked: str, asked_at: Site, stopped_at: Site) -> None:
         super().__init__(
             f"{asked} was asked for after tracer.stop() had ended the forward pass.\n"
-            f"{_table([('stopped', 'tracer.stop()', stopped_at), ('asked for', asked, asked_at)])}\n"
+            f"{table([('stopped', 'tracer.stop()', stopped_at), ('asked for', asked, asked_at)])}\n"
             "Ask for every value that you need before you stop."
         )
 
@@ -163,7 +145,7 @@ class GradientError(NNsightError):
 
     def __init__(self, what: str, site: Site) -> None:
         super().__init__(
-            f"A gradient was {what}.\n{_table([('at', site.source or 'this line', site)])}\n"
+            f"A gradient was {what}.\n{table([('at', site.source or 'this line', site)])}\n"
             "Gradients come in a backward pass: save them in the block, and look at them after it.\n"
             "    with loss.backward():\n        gradient = hidden.grad.save()\n"
             "The value must be on the way to the loss and require a gradient. Under torch.no_grad() none does; in a\n"
@@ -176,7 +158,7 @@ class NoTraceError(NNsightError):
 
     def __init__(self, asked: str, asked_at: Site, model: str = "model") -> None:
         super().__init__(
-            f"{asked} was asked for outside a trace.\n{_table([('asked for', asked, asked_at)])}\n"
+            f"{asked} was asked for outside a trace.\n{table([('asked for', asked, asked_at)])}\n"
             "A module has values only while the model runs. Open a trace around this line:\n"
             f"    with {model}.trace(inputs):\n        value = {asked}.save()"
         )
@@ -193,7 +175,7 @@ class ReleasedValueError(NNsightError, ValueError):
             what = "its trace ended before it came.", "Mend what ended the trace early: an error, or tracer.stop()."
         super().__init__(
             f"Accessing Proxy value before it's been set: {what[0]}\n"
-            f"{_table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
+            f"{table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
         )
 
 
@@ -204,7 +186,7 @@ class RowsError(NNsightError):
         what = "belongs to all alike and cannot be set for one" if setting else "may or may not have rows of each"
         super().__init__(
             f"A value of shape {shape} inside a module {what} of the {total} rows of the batch.\n"
-            f"{_table([('at', site.source or 'this line', site)])}\n"
+            f"{table([('at', site.source or 'this line', site)])}\n"
             "Give this input a trace of its own, or see the whole batch in an invoke without input: tracer.invoke()."
         )
 
@@ -217,14 +199,14 @@ class RecordingError(NNsightError):
             "In an invoke, values arrive when all inputs are there. Look at the value first, value.value: then the\n"
             "body goes on with the value itself."
         )
-        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+        super().__init__(f"{what}\n{table([('at', site.source or 'this line', site)])}\n{mend}")
 
 
 class EditError(NNsightError):
     """An edit that would be lost, or that cannot be made where it stands."""
 
     def __init__(self, what: str, site: Site, mend: str) -> None:
-        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+        super().__init__(f"{what}\n{table([('at', site.source or 'this line', site)])}\n{mend}")
 
 
 class NameTakenError(NNsightError, ValueError):
@@ -242,7 +224,7 @@ class ScanError(NNsightError):
         if in_model:
             mend = "What this model does depends on its numbers. Open a trace instead: with model.trace(inputs): ..."
         super().__init__(
-            f"{what}, but a scan has shapes, not numbers.\n{_table([('at', site.source or 'this line', site)])}\n{mend}"
+            f"{what}, but a scan has shapes, not numbers.\n{table([('at', site.source or 'this line', site)])}\n{mend}"
         )
 
 
@@ -252,7 +234,7 @@ class CopyError(NNsightError):
     def __init__(self, module: str, reason: str, site: Site) -> None:
         super().__init__(
             f"{module} cannot be copied, and a scan runs a copy of the model: {reason}.\n"
-            f"{_table([('at', site.source or 'this line', site)])}\n"
+            f"{table([('at', site.source or 'this line', site)])}\n"
             "Open a trace instead: with model.trace(inputs): ..."
         )
 
@@ -282,7 +264,7 @@ class NoSuchModuleError(NNsightError, AttributeError):
     def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        hint = _ELSEWHERE.get(name) or _did_you_mean(name, known)
+        hint = _ELSEWHERE.get(name) or did_you_mean(name, known)
         lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))
@@ -294,8 +276,8 @@ class NoSuchOperationError(NNsightError, AttributeError):
     def __init__(self, name: str, parent: str, known: Iterable[str], site: Site) -> None:
         known = list(dict.fromkeys(known))
         asked = f"{parent}.{name}"
-        lines = [f"{asked} was asked for, but there is no such operation.", _table([("asked for", asked, site)])]
-        lines.append(_did_you_mean(name, known))
+        lines = [f"{asked} was asked for, but there is no such operation.", table([("asked for", asked, site)])]
+        lines.append(did_you_mean(name, known))
         lines.append(f"In order, they are: {', '.join(known)}." if known else "The module calls none of its own.")
         if known:
             lines.append(f"print({parent}) shows them with their lines.")
@@ -306,7 +288,7 @@ class SourceError(NNsightError):
     """The operations inside a module cannot be seen, or not without an input to run on."""
 
     def __init__(self, label: str, why: str, mend: str, site: Site) -> None:
-        super().__init__(f"{label}: {why}\n{_table([('asked for', label, site)])}\n{mend}")
+        super().__init__(f"{label}: {why}\n{table([('asked for', label, site)])}\n{mend}")
 
 
 class NoSuchEntryError(NNsightError, IndexError):
@@ -321,7 +303,7 @@ class RenameError(NNsightError, ValueError):
     """A new name for a module fits no module, or belongs to something else."""
 
     def __init__(self, where: str, what: str, name: str = "", known: Iterable[str] = (), mend: str = "") -> None:
-        lines = [f"{where}: {what}", _did_you_mean(name, known), mend]
+        lines = [f"{where}: {what}", did_you_mean(name, known), mend]
         super().__init__("\n".join(line for line in lines if line))
 
 
@@ -329,7 +311,7 @@ class OptionError(NNsightError, TypeError):
     """An option was given that nobody here knows, or that would do nothing."""
 
     def __init__(self, name: str, what: str, known: Iterable[str] = (), mend: str = "") -> None:
-        lines = [f"{name}: {what}", _did_you_mean(name, known), mend]
+        lines = [f"{name}: {what}", did_you_mean(name, known), mend]
         super().__init__("\n".join(line for line in lines if line))
 
 
@@ -389,7 +371,7 @@ class ModelNotFoundError(InputError):
 
     def __init__(self, name: str, reason: str, known: Iterable[str] = ()) -> None:
         known = list(known)
-        lines = [f"No model could be loaded from {name!r}: {reason}", _did_you_mean(name, known)]
+        lines = [f"No model could be loaded from {name!r}: {reason}", did_you_mean(name, known)]
         if known:
             lines.append(f"Models that come with the package: {', '.join(known)}.")
         lines.append("Give a folder that holds config.json and weights, a name on the hub, or a model object.")

@@ -120,9 +120,7 @@ class Interleaver:
         note: Note,
         rows: Rows | None = None,
     ) -> None:
-        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with; cut to
-        ``rows`` of the batch.
-        """
+        """Call ``note(module, kind, value)`` at every call of ``module``, with what the model goes on with."""
         self._observers.add(module, kind, note, rows)
         self.hooks.watch(module, kind, ancestors)
 
@@ -301,16 +299,14 @@ class Interleaver:
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
-        if is_operation(asked.kind):
-            if asked.module in self._called and last is not None:
-                return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
-            return missing_operation(asked, last, self.hooks.operations_of(asked.module), self.order)
-        if last is None and asked.step in (0, None) and not self._somebody_missed:
-            self._somebody_missed = True
-            return ModuleNotRunError(asked.label, asked.site)
-        self._somebody_missed = True
         if asked.module in self._called and last is not None:
+            self._somebody_missed = True
             return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
+        if is_operation(asked.kind):
+            return missing_operation(asked, last, self.hooks.operations_of(asked.module), self.order)
+        is_first, self._somebody_missed = not self._somebody_missed, True
+        if last is None and asked.step in (0, None) and is_first:
+            return ModuleNotRunError(asked.label, asked.site)
         order = self.order()
         found = verdict(order, asked, last)
         if found == "running" and last is not None:
@@ -381,9 +377,8 @@ class Interleaver:
     def _run_here(self) -> bool:
         """Run the model without a coroutine, if nobody asks it for anything; False if it is not to be run so."""
         forward = self._forward()
-        if self._waiting or self._observers or forward is None or bool(forward) or forward.dead:
-            return False
-        if thread_state.snapshot() != self._model_state:
+        is_asked = self._waiting or self._observers
+        if is_asked or forward is None or bool(forward) or forward.dead or thread_state.snapshot() != self._model_state:
             return False
         forward.run()
         return True

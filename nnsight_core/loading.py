@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nnsight_core import thread_state
-from nnsight_core.errors import InputError, MissingWeightsError, ModelNotFoundError, nearest
+from nnsight_core.error_text import nearest
+from nnsight_core.errors import InputError, MissingWeightsError, ModelNotFoundError
 from nnsight_core.tree import Tree
 
 #: Which files to read, and how: of what a model is loaded with, what goes for its tokenizer and config as well.

@@ -11,7 +11,7 @@ import torch
 
 from nnsight_core.arguments import apply
 from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
-from nnsight_core.current import OpenSession, closed, open_session, opened
+from nnsight_core.current import OpenSession, closed, end_scope, open_session, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
@@ -167,9 +167,8 @@ class Tracer:
         try:
             if kind is None:
                 self._finish_pass()
-                if self._gathered:
-                    self._finish_gathered()
-                elif not self._parts:
+                self._finish_gathered()
+                if not self._parts:
                     raise MissingInputError()
                 self._check_parts()
         finally:
@@ -196,13 +195,10 @@ class Tracer:
             session, self._session = self._session, None
             for part in self._parts:
                 closed(part)
-                part.scope.close(keep=session is not None)
-                if session is not None:
-                    session.keep(part.scope)
+                end_scope(part.scope, session)
             if self._edits is not None:
                 self._edits.close(session)
-            self._parts = []
-            self._gathered = []
+            self._parts, self._gathered = [], []
             self._current = None
             self._entered = False
 

@@ -125,6 +125,7 @@ ORDER = (
     "nnsight_core/rows.py",
     "nnsight_core/shapes.py",
     "nnsight_core/errors.py",
+    "nnsight_core/error_text.py",
     "nnsight_core/arguments.py",
     "nnsight_core/saveable.py",
     "nnsight_core/values.py",

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnsight_core.errors import RemoteError
 from nnterp import StandardizedTransformer
-from nnterp.errors import RemoteNotAvailableError, ValidationError
+from nnterp.errors import ValidationError
 from tests.families import tiny_inputs, tiny_model
 
 IDS = tiny_inputs()
@@ -70,8 +71,8 @@ def test_text_is_scanned_with_its_padding() -> None:
 def test_the_numbers_are_checked_when_they_come(folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     text = (SPECS / "llama.yaml").read_text(encoding="utf-8")
-    assert "ln_final: model.norm" in text
-    wrong.write_text(text.replace("ln_final: model.norm", "ln_final: model.layers.0.input_layernorm"), encoding="utf-8")
+    assert "[model.norm," in text
+    wrong.write_text(text.replace("[model.norm,", "[model.layers.0.input_layernorm,"), encoding="utf-8")
     with pytest.raises(ValidationError):
         StandardizedTransformer(folder, spec=wrong)
     model = StandardizedTransformer(folder, spec=wrong, allow_dispatch=False)
@@ -91,7 +92,7 @@ def test_arguments_of_other_times(folder: Path) -> None:
     with torch.no_grad(), model.trace(IDS):
         assert model.logits.shape == (2, 11, 320)
     assert StandardizedTransformer(folder, allow_multimodal=True, dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(RemoteNotAvailableError, match="StandardizedTransformer"):
+    with pytest.raises(RemoteError, match="nothing was sent"):
         StandardizedTransformer(folder, remote=True)
     with pytest.raises(TypeError, match="device_map"):
         StandardizedTransformer(tiny_model("llama"), device_map="cpu")
