@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from nnsight_core import CopyError, LanguageModel, NNsight, NoTraceError, OutOfOrderError, ScanError
 from nnsight_core.values import map_tensors
+from nnterp.demo_models import demo_model_path
 from tests.families import tiny_inputs, tiny_model
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -328,3 +329,21 @@ def test_hooks_of_the_users_are_not_run() -> None:
     with NNsight(net).scan(X):
         pass
     assert seen == []
+
+
+@pytest.mark.parametrize("allow_dispatch", [True, False])
+def test_operations_inside_a_module(allow_dispatch: bool) -> None:
+    model = LanguageModel(demo_model_path("demo-gpt2"), dispatch=allow_dispatch)
+    inner = "scaled_dot_product_attention_0"
+    with torch.no_grad(), model.scan(torch.tensor([[1, 2, 3]])):
+        attention = model.transformer.h[0].attn
+        projected = attention.c_attn.output.shape
+        # Asked for when the module is half-way through its call.
+        first = attention.source[inner].output.shape
+        listed = [operation.name for operation in model.transformer.h[1].attn.source]
+        second = model.transformer.h[1].attn.source[inner].output.shape
+    assert model.dispatched == allow_dispatch
+    assert listed == [operation.name for operation in model.transformer.h[1].attn.source]
+    with torch.no_grad(), model.trace(torch.tensor([[1, 2, 3]])):
+        assert model.transformer.h[0].attn.c_attn.output.shape == projected
+        assert model.transformer.h[0].attn.source[inner].output.shape == first == second

@@ -96,3 +96,26 @@ def test_arguments_of_other_times(folder: Path) -> None:
         StandardizedTransformer(folder, remote=True)
     with pytest.raises(TypeError, match="device_map"):
         StandardizedTransformer(tiny_model("llama"), device_map="cpu")
+
+
+def test_names_that_no_specification_gives_come_with_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnterp.naming.load_specs", dict)
+    model = StandardizedTransformer(folder, allow_dispatch=False)
+    held = model.model.layers[1]
+    with torch.no_grad(), model.scan(IDS):
+        assert model.lm_head.output.shape == (2, 11, 320)
+    assert not model.dispatched
+    with torch.no_grad(), model.trace(IDS):
+        read = model.layers_output[1].save()
+        plain = held.output.save()
+    assert model.dispatched
+    torch.testing.assert_close(read.value, plain.value, rtol=0, atol=0)
+    for ask in (
+        lambda each: each.num_layers,
+        lambda each: len(each.layers),
+        lambda each: len(each.edit().__enter__().layers),
+    ):
+        asked = StandardizedTransformer(folder, allow_dispatch=False)
+        assert (ask(asked), asked.dispatched) == (model.num_layers, True)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = StandardizedTransformer(folder, allow_dispatch=False).nonsense
