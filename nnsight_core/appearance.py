@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED, Standin, unwrap
+from nnsight_core.shapes import copied
 from nnsight_core.sites import Site
 
 
@@ -36,7 +37,7 @@ class Appearance(Standin):
         return copy.copy(self._plain())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._plain(), memo)
+        return copied(self._plain(), memo)
 
     def __dir__(self) -> list[str]:
         return sorted({"save", "value", "t", *dir(self._plain())})

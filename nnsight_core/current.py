@@ -49,6 +49,9 @@ class OpenTrace(Protocol):
     def counter_of(self, asked: Asked) -> CallCounter:
         """What counts the calls of the module that is ``asked`` for."""
 
+    def running(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What runs in the place of ``module``; the module itself, but for dry runs."""
+
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part of it that ``view`` shows, present or pending."""
 
@@ -62,12 +65,19 @@ class OpenTrace(Protocol):
 _CAN_BE_LEFT = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
+class OpenSession(Protocol):
+    """What a trace needs to know of the session that it is opened in."""
+
+    def keep(self, scope: Scope) -> None:
+        """Let the values of a trace that is over live as long as the session does."""
+
+
 class _Entry:
-    """An open trace, and the frame that its block stands in."""
+    """An open trace or session, and the frame that its block stands in."""
 
     __slots__ = ("can_be_left", "frame", "trace")
 
-    def __init__(self, trace: OpenTrace, body: FrameType) -> None:
+    def __init__(self, trace: Any, body: FrameType) -> None:
         # A generator that a @contextmanager runs opens the trace for its caller.
         flags = body.f_code.co_flags
         while flags & inspect.CO_GENERATOR and _is_contextlib(body.f_back):
@@ -85,6 +95,7 @@ def _is_contextlib(frame: FrameType | None) -> bool:
 
 
 _open: ContextVar[tuple[_Entry, ...]] = ContextVar("nnsight_core_open_traces", default=())
+_sessions: ContextVar[tuple[_Entry, ...]] = ContextVar("nnsight_core_open_sessions", default=())
 
 
 def opened(trace: OpenTrace, body: FrameType) -> None:
@@ -111,8 +122,33 @@ def open_trace(root: torch.nn.Module) -> OpenTrace | None:
         trace = everywhere[0].trace()
         return trace if trace is not None and trace.root is root else None
     entries = [entry for entry in everywhere if (trace := entry.trace()) is not None and trace.root is root]
-    if not entries:
-        return None
+    return _innermost(entries) if entries else None
+
+
+def session_opened(session: OpenSession, body: FrameType) -> None:
+    """Make ``session`` the one of its block, which stands in the frame ``body``."""
+    _sessions.set((*_sessions.get(), _Entry(session, body)))
+
+
+def session_closed(session: OpenSession) -> None:
+    """Take ``session`` out."""
+    _sessions.set(tuple(each for each in _sessions.get() if each.trace() is not None and each.trace() is not session))
+
+
+def open_session() -> OpenSession | None:
+    """The session whose block is the innermost here, if there is one."""
+    entries = [entry for entry in _sessions.get() if entry.trace() is not None]
+    return _innermost(entries) if entries else None
+
+
+def end_scope(scope: Scope, session: OpenSession | None) -> None:
+    """The trace of ``scope`` is over: its values go, or live on in its ``session``."""
+    scope.close(keep=session is not None)
+    if session is not None:
+        session.keep(scope)
+
+
+def _innermost(entries: list[_Entry]) -> Any:
     if len(entries) == 1 and not entries[0].can_be_left:
         return entries[0].trace()
     by_frame = {entry.frame: entry for entry in entries}

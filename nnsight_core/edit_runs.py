@@ -12,6 +12,7 @@ import torch
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
 from nnsight_core.counting import CallCounter
+from nnsight_core.current import OpenSession, end_scope
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
 from nnsight_core.errors import NNsightError, RecordingError, StepNotRunError
 from nnsight_core.gradients import Backwards
@@ -25,6 +26,7 @@ from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
 from nnsight_core.tree import Tree
+from nnsight_core.twin import Twin
 
 #: Steps that hand an argument on to the model as it is, which may then change it in place.
 _HAND_ON = (
@@ -51,7 +53,7 @@ class EditRun:
         self.number = number
         self._edit = edit
         self._live = live
-        self.part = Part(runs.tree.root, None, runs.backwards)
+        self.part = Part(runs.tree, None, runs.backwards, runs.twin)
         self.part.record(runs)
         self.part.scope.run = number
         tape = self.part.tape
@@ -68,11 +70,15 @@ class EditRun:
 
     def _asked(self, asked: Asked, runs: EditRuns) -> Asked:
         step = None if asked.step is None else self.number
-        ancestors = runs.tree.ancestors(asked.module)
-        question = (asked.module, asked.kind, asked.label, asked.site, ancestors, step)
+        module = runs.tree.now(asked.module)
+        ancestors = runs.tree.ancestors(module)
+        counted = module
+        if runs.twin is not None:
+            module = runs.twin.original(module)
+        question = (module, asked.kind, asked.label, asked.site, ancestors, step)
         again = Asked(*question, setting=asked.setting, written_over=asked.written_over)
         if asked.call is not None:
-            again.call = asked.call[0], runs.counter_of(asked.module)
+            again.call = asked.call[0], runs.counter_of(counted)
         return again
 
     def _exchanged(self, runs: EditRuns, hand_on: bool, value: Any) -> Any:
@@ -80,6 +86,8 @@ class EditRun:
             return self.part.scope
         if type(value) is Slot:
             return self._result(runs, value)
+        if isinstance(value, torch.nn.Module):
+            return self.part.running(runs.tree.now(value))
         return value.clone() if hand_on and type(value) is torch.Tensor and not value.requires_grad else value
 
     def _result(self, runs: EditRuns, slot: Slot) -> Proxy:
@@ -102,6 +110,9 @@ class EditRuns:
         tracer: who records what the script does in the trace.
         backwards: the backward passes of the trace.
     """
+
+    #: What runs in the place of the model, if it is not the model itself.
+    twin: Twin | None = None
 
     def __init__(self, tree: Tree, tracer: Recorder, backwards: Backwards) -> None:
         self.tree = tree
@@ -182,12 +193,12 @@ class EditRuns:
         for client in self._clients:
             client.check_runs()
 
-    def close(self) -> None:
-        """The trace is over."""
+    def close(self, session: OpenSession | None = None) -> None:
+        """The trace is over; in a session its values are kept for later ones."""
         for edit, run in self._latest.items():
             edit.keep(run.results)
         for scope in self._scopes:
-            scope.close()
+            end_scope(scope, session)
         self._scopes, self._clients = [], []
         self._latest, self._expected = {}, {}
 
@@ -219,11 +230,13 @@ class EditClient(TapeClient):
         self._clients = clients
         for asked in self._edit.questions:
             if is_operation(asked.kind):
-                self._interleaver.hooks.announce(asked.module, self._runs.tree.ancestors(asked.module))
+                module = self._runs.tree.now(asked.module)
+                self._interleaver.hooks.announce(module, self._runs.tree.ancestors(module))
         if self._batch.runs_repeatedly:
             self._interleaver.at_steps.append(self.begin)
             for asked in self._edit.questions:
-                self._interleaver.hooks.watch(asked.module, asked.kind, self._runs.tree.ancestors(asked.module))
+                module = self._runs.tree.now(asked.module)
+                self._interleaver.hooks.watch(module, asked.kind, self._runs.tree.ancestors(module))
         self._go()
 
     def begin(self, number: int) -> None:
@@ -240,7 +253,7 @@ class EditClient(TapeClient):
         part = self._run.part
         assert part.tape is not None
         part.place(None, self._batch)
-        part.scope.run_hooked = partial(call_hooked, self._interleaver, self)
+        part.scope.run_hooked = partial(call_hooked, self._interleaver, self, part.twin)
         self.tape, self._proxy = part.tape, part.proxy
         self._clients[self.tape] = self
         self.run(self._clients)

@@ -44,6 +44,16 @@ class EditPart:
         self.scope.give_inputs(_NoInputs())
         self.edit = Edit(self.scope, self, tree.root, name)
         self.scope.tape = self.edit
+        tree.open_parts.add(self)
+
+    def follow(self, root: torch.nn.Module) -> None:
+        """The model has been loaded."""
+        self.root = self.edit.root = root
+
+    def running(self, module: torch.nn.Module) -> torch.nn.Module:
+        """``module``, with its weights."""
+        self.tree.load()
+        return self.tree.now(module)
 
     def step_of(self, module: torch.nn.Module) -> int:
         """An edit is done in each run of the model."""

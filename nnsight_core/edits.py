@@ -73,7 +73,7 @@ class Edit(Tape):
     def __init__(self, scope: Scope, recorder: Recorder, root: torch.nn.Module, name: str) -> None:
         super().__init__(scope, recorder)
         self.name = name
-        self._root = root
+        self.root = root
         self._site = user_site()
         self._is_open = True
         self._state = thread_state.snapshot()
@@ -175,7 +175,7 @@ class Edit(Tape):
         return found
 
     def _in_this_trace(self, proxy: Any) -> Any:
-        trace = open_trace(self._root)
+        trace = open_trace(self.root)
         return None if trace is None else trace.edited_value(self, proxy._live.number)
 
     def save(self, proxy: Proxy) -> Proxy:

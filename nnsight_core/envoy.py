@@ -20,6 +20,9 @@ from nnsight_core.tree import NO_NAMES, Names, Tree
 from nnsight_core.tree_text import tree_text
 from nnsight_core.values import fitting
 
+#: Attributes of these kinds are those of a module with or without weights.
+_ALWAYS_THE_SAME = (bool, int, float, str, type(None))
+
 
 class Envoy:
     """One module of the model, as it stands in the tree.
@@ -47,6 +50,8 @@ class Envoy:
         self._tree = tree
         self._names = dict(tree.aliases.get(path, NO_NAMES))
         self._children = {}
+        if tree.unloaded is not None and not self._is_result:
+            tree.envoys.add(self)
 
     # Going down the tree.
 
@@ -75,9 +80,24 @@ class Envoy:
         if child is not None:
             return self._child(name, child)
         try:
-            return getattr(module, name)
+            value = getattr(module, name)
         except AttributeError:
+            if self._tree.unloaded is not None and self._tree.unloaded.alters(name, None):
+                self._tree.load()
+                return getattr(self, name)
             raise NoSuchModuleError(name, self._described(), [*module._modules, *names]) from None
+        return value if isinstance(value, _ALWAYS_THE_SAME) else self._attribute(name, value)
+
+    def _attribute(self, name: str, value: Any) -> Any:
+        """An attribute of the module, which is ``value`` as the module stands now."""
+        trace = open_trace(self._tree.root)
+        if trace is not None:
+            own = isinstance(value, torch.Tensor) or callable(value)
+            return getattr(trace.running(self._module), name) if own else value
+        if self._tree.unloaded is not None and self._tree.unloaded.alters(name, value):
+            self._tree.load()
+            return getattr(self._module, name)
+        return value
 
     def _root_envoy(self) -> Envoy:
         return self if self._path == "" else Envoy(self._tree.root, "", self._tree)
@@ -169,6 +189,8 @@ class Envoy:
         elif name.startswith("_") or hasattr(type(self), name) or name in annotations_of(type(self)):
             object.__setattr__(self, name, value)
         elif hasattr(self._module, name):
+            # What was set before the weights are there would be lost when they come.
+            self._tree.load()
             setattr(self._module, name, value)
         else:
             known = [*self._module._modules, *self._names, "output", "input", "inputs"]
@@ -192,6 +214,7 @@ class Envoy:
         if name not in self._module._modules:
             object.__delattr__(self, name)
             return
+        self._tree.load()
         delattr(self._module, name)
         self._children.pop(name, None)
         self._tree.forget()
@@ -368,10 +391,13 @@ class Envoy:
         of its children can be asked for, and set, by everybody who waits for them; and whoever called it may ask for
         them afterwards.
         """
-        trace = open_trace(self._tree.root) if hook else None
+        trace = open_trace(self._tree.root)
         if trace is None:
+            self._tree.load()
             return apply(self._module, *args, **kwargs)
-        return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
+        if hook:
+            return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
+        return apply(trace.running(self._module), *args, **kwargs)
 
 
 def annotations_of(kind: type) -> set[str]:

@@ -15,6 +15,9 @@
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
     ├── EditError                an edit that would be lost, or that cannot be made where it stands
     ├── ReleasedValueError       a value that was not saved was used after its trace
+    ├── ScanError                a scan was asked for numbers
+    ├── CopyError                a module that cannot be copied was to be scanned
+    ├── SessionError             a session inside a session, or one that is over
     ├── NoSuchModuleError        a name that is not in the module tree
     ├── NoSuchEntryError         an index beyond the modules of a list
     ├── RenameError              a new name for a module that fits none, or that is taken
@@ -28,35 +31,18 @@
         ├── EmptyPromptError     a prompt without a token
         ├── PaddingError         prompts of different lengths for a model that cannot be padded
         ├── PromptTooLongError   a prompt beyond the model's context length
-        └── ModelNotFoundError   a name or folder that holds no model
+        ├── ModelNotFoundError   a name or folder that holds no model
+        └── MissingWeightsError  a model some of whose weights are not there
 
 Each class writes its own message: what was asked, at which line, what is so, and how to mend it.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
+from nnsight_core.error_text import did_you_mean, table
 from nnsight_core.sites import Site
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like ``name``, best first; empty when none is near."""
-    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.5)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    found = nearest(name, known)
-    return f"Did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
-
-
-def _table(rows: Sequence[tuple[str, str, Site | None]]) -> str:
-    wide = max(len(label) for label, _, _ in rows)
-    named = max(len(what) for _, what, _ in rows)
-    return "\n".join(
-        f"  {label:<{wide}}   {what:<{named}}   {site.short if site else ''}".rstrip() for label, what, site in rows
-    )
 
 
 class NNsightError(Exception):
@@ -102,7 +88,7 @@ class OutOfOrderError(OrderError):
             mend = f"Ask for {asked} before {reached}, and keep it in a variable."
         rows = [("called" if reached == "the call" else "already read", reached, reached_at), (verb, asked, asked_at)]
         super().__init__(
-            f"{asked} was {verb} {what}.\n{_table(rows)}\n"
+            f"{asked} was {verb} {what}.\n{table(rows)}\n"
             f"A model gives each value once, in the order it makes them. {mend}"
         )
 
@@ -114,7 +100,7 @@ class ModuleNotRunError(OrderError):
         rest = "\n".join(each for each in (doubt, hint) if each)
         super().__init__(
             f"{asked} was asked for, but its module did not run in this forward pass.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n"
+            f"{table([('asked for', asked, asked_at)])}\n"
             "Check in print(model) that it is on the path that these inputs take." + (f"\n{rest}" if rest else "")
         )
 
@@ -126,7 +112,7 @@ class CallsNotCountedError(OrderError):
         name = asked.partition(".calls")[0]
         super().__init__(
             f"{asked} was asked for when the pass was under way, and the calls before had not been counted.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n"
+            f"{table([('asked for', asked, asked_at)])}\n"
             f"Write this at the start of the trace, before you ask for any value:\n    calls = model.{name}.calls"
         )
 
@@ -144,7 +130,7 @@ class StepNotRunError(OrderError):
             mend = "A trace runs the model once; steps are those of model.generate(prompt, max_new_tokens=...)."
         super().__init__(
             f"{asked} was asked for in generation step {step} (counted from 0), but the model ran {times}.\n"
-            f"{_table([('asked for', asked, asked_at)])}\n{mend}"
+            f"{table([('asked for', asked, asked_at)])}\n{mend}"
         )
 
 
@@ -154,7 +140,7 @@ class TraceStoppedError(OrderError):
     def __init__(self, asked: str, asked_at: Site, stopped_at: Site) -> None:
         super().__init__(
             f"{asked} was asked for after tracer.stop() had ended the forward pass.\n"
-            f"{_table([('stopped', 'tracer.stop()', stopped_at), ('asked for', asked, asked_at)])}\n"
+            f"{table([('stopped', 'tracer.stop()', stopped_at), ('asked for', asked, asked_at)])}\n"
             "Ask for every value that you need before you stop."
         )
 
@@ -174,7 +160,7 @@ class GradientError(NNsightError):
 
     def __init__(self, what: str, site: Site) -> None:
         super().__init__(
-            f"A gradient was {what}.\n{_table([('at', site.source or 'this line', site)])}\n"
+            f"A gradient was {what}.\n{table([('at', site.source or 'this line', site)])}\n"
             "Gradients come in a backward pass: save them in the block, and look at them after it.\n"
             "    with loss.backward():\n        gradient = hidden.grad.save()\n"
             "The value must be on the way to the loss and require a gradient. Under torch.no_grad() none does; in a\n"
@@ -187,7 +173,7 @@ class RecomputedError(NNsightError):
 
     def __init__(self, label: str, site: Site) -> None:
         super().__init__(
-            f"{label} was changed inside a checkpointed module.\n{_table([('changed', label, site)])}\n"
+            f"{label} was changed inside a checkpointed module.\n{table([('changed', label, site)])}\n"
             "The backward pass would compute it again, as it was, and give wrong gradients.\n"
             "Turn checkpointing off, or trace under torch.no_grad() if you want no gradients."
         )
@@ -198,7 +184,7 @@ class NoTraceError(NNsightError):
 
     def __init__(self, asked: str, asked_at: Site, model: str = "model") -> None:
         super().__init__(
-            f"{asked} was asked for outside a trace.\n{_table([('asked for', asked, asked_at)])}\n"
+            f"{asked} was asked for outside a trace.\n{table([('asked for', asked, asked_at)])}\n"
             "A module has values only while the model runs. Open a trace around this line:\n"
             f"    with {model}.trace(inputs):\n        value = {asked}.save()"
         )
@@ -208,14 +194,14 @@ class ReleasedValueError(NNsightError, ValueError):
     """A value was used after its trace had ended, and was not saved or never came."""
 
     def __init__(self, made_at: Site, never_came: bool = False, of_edit: bool = False) -> None:
-        what = "it was not saved, so it was released when its trace ended.", "Keep it with .save() inside the trace."
+        what = "it was not saved, so it was released when its trace or session ended.", "Keep it with .save()."
         if of_edit:
             what = "no trace has given it.", "Write .save() in the edit, and run a trace of the edited model first."
         if never_came:
             what = "its trace ended before it came.", "Mend what ended the trace early: an error, or tracer.stop()."
         super().__init__(
             f"Accessing Proxy value before it's been set: {what[0]}\n"
-            f"{_table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
+            f"{table([('made at', made_at.source or 'this value', made_at)])}\n{what[1]}"
         )
 
 
@@ -227,14 +213,14 @@ class RecordingError(NNsightError):
             "In an invoke, values arrive when all inputs are there. Look at the value first, value.value: then the\n"
             "body goes on with the value itself."
         )
-        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+        super().__init__(f"{what}\n{table([('at', site.source or 'this line', site)])}\n{mend}")
 
 
 class EditError(NNsightError):
     """An edit that would be lost, or that cannot be made where it stands."""
 
     def __init__(self, what: str, site: Site, mend: str) -> None:
-        super().__init__(f"{what}\n{_table([('at', site.source or 'this line', site)])}\n{mend}")
+        super().__init__(f"{what}\n{table([('at', site.source or 'this line', site)])}\n{mend}")
 
 
 class NameTakenError(NNsightError, ValueError):
@@ -242,6 +228,39 @@ class NameTakenError(NNsightError, ValueError):
 
     def __init__(self, name: str, parent: str, why: str) -> None:
         super().__init__(f"No module can be added to {parent} as {name!r}: {why}\nGive it a name of its own.")
+
+
+class ScanError(NNsightError):
+    """A scan was asked for numbers, by the script or by the model itself."""
+
+    def __init__(self, what: str, site: Site, in_model: bool = False) -> None:
+        mend = "Take shapes, dtypes and devices alone, or open a trace instead: with model.trace(inputs): ..."
+        if in_model:
+            mend = "What this model does depends on its numbers. Open a trace instead: with model.trace(inputs): ..."
+        super().__init__(
+            f"{what}, but a scan has shapes, not numbers.\n{table([('at', site.source or 'this line', site)])}\n{mend}"
+        )
+
+
+class CopyError(NNsightError):
+    """A module cannot be copied, so there is nothing that a dry run could run."""
+
+    def __init__(self, module: str, reason: str, site: Site) -> None:
+        super().__init__(
+            f"{module} cannot be copied, and a scan runs a copy of the model: {reason}.\n"
+            f"{table([('at', site.source or 'this line', site)])}\n"
+            "Open a trace instead: with model.trace(inputs): ..."
+        )
+
+
+class SessionError(NNsightError):
+    """A session was asked for what it cannot do: to be opened in another one or twice, to run elsewhere, to loop."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}\nA session is opened once, around all the traces that belong together:\n"
+            "    with model.session():\n        for prompt in prompts:\n            with model.trace(prompt): ..."
+        )
 
 
 #: What scripts of other eras ask of a module or of the trace, and how it is written here.
@@ -259,7 +278,7 @@ class RowsError(NNsightError):
     def __init__(self, what: str, site: Site) -> None:
         self.what = what
         super().__init__(
-            f"{what}\n{_table([('at', site.source or 'this line', site)])}\n"
+            f"{what}\n{table([('at', site.source or 'this line', site)])}\n"
             "Work on it in an invoke without input, which sees the whole batch, or in a trace of this input alone."
         )
 
@@ -270,7 +289,7 @@ class NoSuchModuleError(NNsightError, AttributeError):
     def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        hint = _ELSEWHERE.get(name) or _did_you_mean(name, known)
+        hint = _ELSEWHERE.get(name) or did_you_mean(name, known)
         lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))
@@ -282,8 +301,8 @@ class NoSuchOperationError(NNsightError, AttributeError):
     def __init__(self, name: str, parent: str, known: Iterable[str], site: Site) -> None:
         known = list(dict.fromkeys(known))
         asked = f"{parent}.{name}"
-        lines = [f"{asked} was asked for, but there is no such operation.", _table([("asked for", asked, site)])]
-        lines.append(_did_you_mean(name, known))
+        lines = [f"{asked} was asked for, but there is no such operation.", table([("asked for", asked, site)])]
+        lines.append(did_you_mean(name, known))
         lines.append(f"In order, they are: {', '.join(known)}." if known else "The module calls none of its own.")
         if known:
             lines.append(f"print({parent}) shows them with their lines.")
@@ -294,7 +313,7 @@ class SourceError(NNsightError):
     """The operations inside a module cannot be seen, or not without an input to run on."""
 
     def __init__(self, label: str, why: str, mend: str, site: Site) -> None:
-        super().__init__(f"{label}: {why}\n{_table([('asked for', label, site)])}\n{mend}")
+        super().__init__(f"{label}: {why}\n{table([('asked for', label, site)])}\n{mend}")
 
 
 class NoSuchEntryError(NNsightError, IndexError):
@@ -309,7 +328,7 @@ class RenameError(NNsightError, ValueError):
     """A new name for a module fits no module, or belongs to something else."""
 
     def __init__(self, where: str, what: str, name: str = "", known: Iterable[str] = (), mend: str = "") -> None:
-        lines = [f"{where}: {what}", _did_you_mean(name, known), mend]
+        lines = [f"{where}: {what}", did_you_mean(name, known), mend]
         super().__init__("\n".join(line for line in lines if line))
 
 
@@ -317,7 +336,7 @@ class OptionError(NNsightError, TypeError):
     """An option was given that nobody here knows, or that would do nothing."""
 
     def __init__(self, name: str, what: str, known: Iterable[str] = (), mend: str = "") -> None:
-        lines = [f"{name}: {what}", _did_you_mean(name, known), mend]
+        lines = [f"{name}: {what}", did_you_mean(name, known), mend]
         super().__init__("\n".join(line for line in lines if line))
 
 
@@ -388,8 +407,20 @@ class ModelNotFoundError(InputError):
 
     def __init__(self, name: str, reason: str, known: Iterable[str] = ()) -> None:
         known = list(known)
-        lines = [f"No model could be loaded from {name!r}: {reason}", _did_you_mean(name, known)]
+        lines = [f"No model could be loaded from {name!r}: {reason}", did_you_mean(name, known)]
         if known:
             lines.append(f"Models that come with the package: {', '.join(known)}.")
         lines.append("Give a folder that holds config.json and weights, a name on the hub, or a model object.")
         super().__init__("\n".join(line for line in lines if line))
+
+
+class MissingWeightsError(InputError):
+    """A checkpoint lacks weights of its model, which would be left to chance."""
+
+    def __init__(self, name: str, missing: Sequence[str], model: str) -> None:
+        shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+        super().__init__(
+            f"{name!r} lacks {len(missing)} of the weights of {model}, which would start out random: {shown}\n"
+            "If that is meant, say so by loading it yourself:\n"
+            f"    LanguageModel({model}.from_pretrained({name!r}), tokenizer=...)"
+        )

@@ -10,13 +10,20 @@ from nnsight_core.asked import Asked, Client
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.sites import on_behalf_of, user_site
+from nnsight_core.twin import Twin
 
 
-def call_hooked(interleaver: Interleaver, client: Client, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+def call_hooked(
+    interleaver: Interleaver, client: Client, twin: Twin | None, module: torch.nn.Module, args: Any, kwargs: Any
+) -> Any:
     """Let ``client`` run ``module`` as the model would: whoever waits for a value inside gets it, and the client itself
     may ask for it afterwards.
     """
     site = user_site()
+    runs = module
+    if twin is not None:
+        # Values are known by the modules that the twins stand for.
+        module, runs = twin.original(module), twin.of(module)
 
     def note(module: torch.nn.Module, kind: str, value: Any) -> None:
         client.given[module, kind] = PastEvent(module, kind, value, site, client.rows, interleaver.run_of_now)
@@ -27,7 +34,7 @@ def call_hooked(interleaver: Interleaver, client: Client, module: torch.nn.Modul
         interleaver.observe(each, kind, (), note)
     try:
         with interleaver.calling(module, client.rows), on_behalf_of(None):
-            return module(*args, **kwargs)
+            return runs(*args, **kwargs)
     finally:
         for each, kind in kept:
             interleaver.ignore(each, kind, note)

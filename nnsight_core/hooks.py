@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
-from types import FrameType, MethodType
-from typing import Any, ClassVar
+from types import FrameType
+from typing import Any
 
 import torch
 from greenlet import getcurrent
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from nnsight_core.arguments import Met, unwrap
 from nnsight_core.compiled import Eager
 from nnsight_core.counting import CallCounter
+from nnsight_core.gates import Gate
 from nnsight_core.operations import Tap, is_operation
 from nnsight_core.taps import Deliver, Taps
 from nnsight_core.values import map_tensors
@@ -116,6 +117,10 @@ class HookBoard:
         if not self._runs_eagerly:
             self._runs_eagerly = True
             Eager.begin()
+
+    def stand_in(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What runs in the place of ``module`` in this pass."""
+        return module
 
     def announce(self, module: torch.nn.Module, ancestors: Iterable[torch.nn.Module] = ()) -> Taps:
         """Operations of ``module`` are going to be asked for: they are counted from the start of its next call on."""
@@ -253,70 +258,6 @@ class Counting:
 
 def _nobodys_board() -> HookBoard:
     return HookBoard(_nothing, _nothing)
-
-
-class Gate:
-    """Stands in for a module's ``forward`` while passes that may skip the module are under way.
-
-    Several passes, in several threads, may hold one gate; the module gets its own forward back when none does.
-    """
-
-    _lock = threading.Lock()
-    _gates: ClassVar[dict[int, Gate]] = {}
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
-        self.own = module.__dict__.get("forward")
-        self._forward = module.forward
-        self._boards: list[HookBoard] = []
-        # Models look at the signatures of their own forwards.
-        self.__wrapped__ = self._forward
-
-    @classmethod
-    def hold(cls, module: torch.nn.Module, board: HookBoard) -> Gate:
-        """Put up the gate of ``module`` for ``board``, or find it."""
-        with cls._lock:
-            gate = cls._gates.get(id(module))
-            if gate is None:
-                gate = cls._gates[id(module)] = cls(module)
-                module.__dict__["forward"] = gate
-            gate._boards.append(board)
-            return gate
-
-    def let_go(self, board: HookBoard) -> None:
-        """``board`` needs the gate no more."""
-        with self._lock:
-            self._boards.remove(board)
-            if self._boards:
-                return
-            del self._gates[id(self._module)]
-            # Somebody may have set a forward of their own since, which is not ours to take away.
-            if self._module.__dict__.get("forward") is self:
-                if self.own is None:
-                    del self._module.__dict__["forward"]
-                else:
-                    self._module.__dict__["forward"] = self.own
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._module, "forward") if self.own is None else (self.own, "__call__")
-
-    def __deepcopy__(self, known: dict[int, Any]) -> Any:
-        module = copy.deepcopy(self._module, known)
-        return MethodType(type(module).forward, module) if self.own is None else copy.deepcopy(self.own, known)
-
-    def __getattr__(self, name: str) -> Any:
-        # Whatever else they look at: the name, the documentation, what a decorator has left there.
-        return getattr(self.__dict__["_forward"], name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for board in list(self._boards):
-            changed = board.at_gate(self._module, args, kwargs)
-            if changed is not None:
-                return changed[0]
-            tap = board.tap_of(self._module)
-            if tap is not None:
-                return tap.run(self._forward, args, kwargs)
-        return self._forward(*args, **kwargs)
 
 
 class PlainCalls:
@@ -457,18 +398,26 @@ def hooked(root: torch.nn.Module) -> list[str]:
     ]
 
 
-def hookless_copy(root: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+def hookless_copy(root: torch.nn.Module, known: dict[int, Any], but_own: bool = False) -> torch.nn.Module:
     """A deep copy of ``root`` without hooks and gates; ``known`` are copies there are already, by the originals' ids.
 
-    The original is not touched, for other threads may be running it.
+    ``but_own`` leaves the hooks that the model's own library has put there, which are part of what it computes. The
+    original is not touched, for other threads may be running it.
     """
-    with Gate._lock:
+    left: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    with Gate.lock:
         for module in root.modules():
-            known |= {id(hooks): type(hooks)() for name in _HOOKS if (hooks := module.__dict__.get(name)) is not None}
+            own = _own_keys(module, root) if but_own else set()
+            for hooks in (module.__dict__[name] for name in _HOOKS if module.__dict__.get(name) is not None):
+                known[id(hooks)] = empty = type(hooks)()
+                left.append((empty, {key: hook for key, hook in hooks.items() if key in own}))
             gate = module.__dict__.get("forward")
             if isinstance(gate, Gate):
                 known[id(gate)] = gate
         copied = copy.deepcopy(root, known)
+    for hooks, kept in left:
+        # Once all modules are copied, for hooks may be methods of theirs.
+        hooks.update(copy.deepcopy(kept, known))
     for module in copied.modules():
         gate = module.__dict__.get("forward")
         if isinstance(gate, Gate):
@@ -476,3 +425,20 @@ def hookless_copy(root: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Modu
             if gate.own is not None:
                 module.__dict__["forward"] = copy.deepcopy(gate.own, known)
     return copied
+
+
+def _own_keys(module: torch.nn.Module, root: torch.nn.Module) -> set[Any]:
+    """The keys of the hooks on ``module`` that come from its own library; torch gives each key once."""
+    hooks = [each for name in _HOOKS for each in (module.__dict__.get(name) or {}).items()]
+    return {key for key, hook in hooks if _is_own(hook, module, root)}
+
+
+def _is_own(hook: Any, *modules: torch.nn.Module) -> bool:
+    """Whether a hook comes from the library that one of ``modules`` comes from."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return _package_of(hook) in {_package_of(type(module)) for module in modules}
+
+
+def _package_of(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).partition(".")[0]

@@ -40,6 +40,7 @@ from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
+from nnsight_core.taps import Deliver
 from nnsight_core.values import map_tensors
 from nnsight_core.witness import Order, missing_operation, too_late_or_never
 
@@ -53,6 +54,7 @@ class Interleaver:
             abandoned half-way could never be collected. Whoever opened the trace owns the coroutine.
         observe: finds out, once something has gone wrong, in which order the model runs its modules.
         root: the model, if its runs are to be counted: one pass may run it several times.
+        board: makes the hooks of the pass.
     """
 
     event: Event | None = None
@@ -74,6 +76,7 @@ class Interleaver:
         forward: ForwardPass,
         observe: Callable[[torch.nn.Module | None], Order],
         root: torch.nn.Module | None = None,
+        board: Callable[[Callable[[], Any], Deliver], HookBoard] = HookBoard,
     ) -> None:
         self._forward = weakref.ref(forward)
         self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
@@ -81,7 +84,7 @@ class Interleaver:
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
-        self.hooks = HookBoard(self._forward, self._arrived)
+        self.hooks = board(self._forward, self._arrived)
         self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
@@ -341,19 +344,17 @@ class Interleaver:
         if asked.step is not None and self.step is not None and asked.step > self.step:
             return StepNotRunError(asked.label, asked.site, asked.step, self.step + 1)
         last = client.last_read
+        if asked.module in self._called and last is not None:
+            self._somebody_missed = True
+            return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
         if is_operation(asked.kind):
-            if asked.module in self._called and last is not None:
-                return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
             return missing_operation(asked, last, self.hooks.operations_of(asked.module), self.order)
         if asked.call is not None and asked.call[1].now < asked.call[0]:
             times = asked.call[1].now + 1
             return ModuleNotRunError(asked.label, asked.site, hint=f"It was called {times} times, counted from 0.")
-        if last is None and asked.call is None and asked.step in (0, None) and not self._somebody_missed:
-            self._somebody_missed = True
+        is_first, self._somebody_missed = not self._somebody_missed, True
+        if last is None and asked.call is None and asked.step in (0, None) and is_first:
             return ModuleNotRunError(asked.label, asked.site)
-        self._somebody_missed = True
-        if asked.module in self._called and last is not None:
-            return OutOfOrderError(asked.label, asked.site, last.label, last.site, setting=asked.setting)
         return too_late_or_never(asked, last, self.order())
 
     def order(self, inside: torch.nn.Module | None = None) -> Order:
@@ -417,9 +418,8 @@ class Interleaver:
     def _run_here(self) -> bool:
         """Run the model without a coroutine, if nobody asks it for anything; False if it is not to be run so."""
         forward = self._forward()
-        if self._waiting or self._observers or forward is None or bool(forward) or forward.dead:
-            return False
-        if thread_state.snapshot() != self._model_state:
+        is_asked = self._waiting or self._observers
+        if is_asked or forward is None or bool(forward) or forward.dead or thread_state.snapshot() != self._model_state:
             return False
         forward.run()
         return True

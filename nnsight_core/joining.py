@@ -28,7 +28,7 @@ def join_running_call(interleaver: Interleaver, asked: Asked, last: Asked | None
     if event is None or last is None or (event.module is asked.module and not is_operation(event.kind)):
         # Not under way: it stands before its forward, or behind.
         return
-    call = _uncounted_call(interleaver.suspended_at(), asked.module)
+    call = _uncounted_call(interleaver.suspended_at(), interleaver.hooks.stand_in(asked.module))
     if call is None or interleaver.hooks.has_joined(call):
         return
     late = OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.generic import TransformersKwargs
 
 from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
+from nnsight_core.devices import input_device
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
     EmptyPromptError,
     InputError,
     MissingInputError,
-    ModelNotFoundError,
     OptionError,
     PaddingError,
     PromptTooLongError,
 )
+from nnsight_core.loading import Checkpoint, LazyWeights, refuse_loading_options
 from nnsight_core.model import NNsight
 from nnsight_core.options import invoker_options, parameters_inside, refuse_options, without_old_options
 from nnsight_core.padding import counted_positions, way_to_pad
@@ -48,8 +38,6 @@ from nnsight_core.values import Pair
 
 #: What is made anew when prompts of several inputs are padded to one length.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-#: Scripts may say when to load the model; it is loaded at once, whatever they say.
-_WHEN = {"dispatch"}
 
 
 class LanguageModel(NNsight):
@@ -64,37 +52,81 @@ class LanguageModel(NNsight):
     >>> model.tokenizer.decode(logits.argmax(-1))
     ' Paris'
 
+    The modules are there at once, without their weights; those are loaded when they are needed first: at a trace, a
+    generation, a call, or the look at a parameter. ``model.dispatch()`` loads them now.
+
     Args:
         model: a folder, a name on the hub, or a model object.
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
         rename: new names for modules, as for :class:`NNsight`.
         aliases: the same as a plan, as for :class:`NNsight`.
-        kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
+        dispatch: load the weights at once.
+        automodel: the class that loads the model, or its name in transformers; ``AutoModelForCausalLM`` if None.
+        tokenizer_kwargs: handed on to ``AutoTokenizer.from_pretrained``.
+        kwargs: handed on to the ``from_pretrained`` of ``automodel``: ``device_map``, ``dtype``, ``revision``, ...
 
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
+        MissingWeightsError: some of the weights are not there; said when they are loaded.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
+    _longest_fit = 0
 
     def __init__(
         self,
-        model: str | Path | torch.nn.Module,
+        model: str | Path | torch.nn.Module | Checkpoint,
         tokenizer: PreTrainedTokenizerBase | None = None,
         rename: Rename | None = None,
         aliases: Mapping[str, Names] | None = None,
+        *,
+        dispatch: bool = False,
+        automodel: str | type[Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, torch.nn.Module):
-            refuse_loading_options(kwargs)
-            module = model
-        else:
-            module = load_model(model, **kwargs)
-            tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=kwargs.get("trust_remote_code", False))
-        super().__init__(module, rename, aliases)
-        self.tokenizer = tokenizer
+            given = {"automodel": automodel, "tokenizer_kwargs": tokenizer_kwargs}
+            refuse_loading_options({**{name: each for name, each in given.items() if each is not None}, **kwargs})
+            super().__init__(model, rename, aliases)
+            self._tree.example = _two_tokens
+            self.tokenizer = tokenizer
+            return
+        if not isinstance(model, Checkpoint):
+            model = Checkpoint(model, automodel or "AutoModelForCausalLM", **kwargs)
+        super().__init__(model.module, rename, aliases)
         self._tree.example = _two_tokens
-        self._longest_fit = 0
+        self.tokenizer = tokenizer or model.tokenizer(**(tokenizer_kwargs or {}))
+        if not model.is_loaded:
+            self._tree.home = model.home()
+            self._tree.unloaded = LazyWeights(model, self._tree, self._check_loaded)
+            self._tree.envoys.add(self)
+        if dispatch:
+            self.dispatch()
+
+    def _twin(self) -> LanguageModel:
+        twin = super()._twin()
+        assert isinstance(twin, LanguageModel)
+        if isinstance(twin._tree.unloaded, LazyWeights):
+            twin._tree.unloaded.serve(twin._check_loaded)
+        return twin
+
+    def dispatch(self) -> None:
+        """Load the weights now, if that has not been done.
+
+        Raises:
+            ModelNotFoundError: they are not there, or cannot be read.
+            MissingWeightsError: some of them are not there.
+        """
+        self._tree.load()
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the weights are loaded."""
+        return self._tree.unloaded is None
+
+    def _check_loaded(self) -> None:
+        """Called when the weights have been loaded; what it raises, every use of the model raises."""
 
     def _is_input(self, kwargs: dict[str, Any]) -> bool:
         return any(isinstance(each, (torch.Tensor, list, tuple)) for each in kwargs.values())
@@ -192,7 +224,7 @@ class LanguageModel(NNsight):
         generation = without_old_options(unwrap(kwargs), module.generate)
         prepare = partial(self._prepare_generation, *inputs, options=options, generation=generation)
         if not trace:
-            return self._run(prepare())
+            return self._run(prepare)
         keeps_output = not inputs
         return Tracer(
             self, prepare, self._combine, self._result, bool(inputs), in_steps=True, keeps_output=keeps_output
@@ -215,7 +247,8 @@ class LanguageModel(NNsight):
     def _batch_call(self, batch: dict[str, Any], kwargs: dict[str, Any]) -> Call:
         weight = _first_parameter(self._module)
         if weight is not None:
-            device = weight.device
+            # What is on meta comes from elsewhere when it is needed, or is not loaded.
+            device = input_device(self._module, self._tree.home) if weight.is_meta else weight.device
             for name, each in batch.items():
                 if isinstance(each, torch.Tensor) and each.device != device:
                     batch[name] = each.to(device)
@@ -320,72 +353,10 @@ def _parameters(forward: Any) -> Mapping[str, inspect.Parameter]:
 
 def _two_tokens(module: torch.nn.Module) -> Pair:
     """The smallest call that shows how the model works on a prompt."""
-    device = next((each.device for each in module.parameters()), torch.device("cpu"))
-    ids = torch.tensor([[1, 2]], device=device)
+    ids = torch.tensor([[1, 2]], device=input_device(module))
     return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...]:
     """How many padded positions stand before the first token of each row of ``mask``, (batch, position)."""
     return tuple(int(left) for left in (mask != 0).int().argmax(dim=-1))
-
-
-def _readable(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def refuse_loading_options(options: Mapping[str, Any]) -> None:
-    """Raises:
-    TypeError: there are options for loading, where the model is loaded already.
-    """
-    names = ", ".join(sorted(options.keys() - _WHEN))
-    if names:
-        raise TypeError(f"{names}: these say how to load a model, but a loaded one was given. Leave them out.")
-
-
-def load_model(name: str | Path, known: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
-    """The causal language model in a folder or of a name on the hub, in evaluation mode.
-
-    ``known`` are names to suggest when there is none; all other arguments go to ``from_pretrained``.
-
-    Raises:
-        ModelNotFoundError: there is none, or it cannot be reached.
-    """
-    _check_folder(name, known)
-    options = {name: value for name, value in kwargs.items() if name not in _WHEN}
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(str(name), _readable(error), known) from error
-
-
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that belongs to a model, or None where there is none: token ids can then still be given."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return None
-    # For a folder without one, transformers may make up a tokenizer that knows special tokens alone.
-    return tokenizer if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids) else None
-
-
-def _check_folder(name: str | Path, known: Sequence[str]) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelNotFoundError(str(name), "this folder has no config.json.", known)
-    if isinstance(name, Path) and not folder.exists():
-        raise ModelNotFoundError(str(name), "there is no such folder.", known)
-    if not folder.exists():
-        _check_hub(str(name), known)
-
-
-def _check_hub(name: str, known: Sequence[str]) -> None:
-    """Say at once that the hub is out of reach; asking it for each file would try for half a minute."""
-    url = urlsplit(ENDPOINT)
-    if constants.HF_HUB_OFFLINE or getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        socket.create_connection((str(url.hostname), url.port or 443), timeout=5).close()
-    except OSError:
-        reason = f"there is no such folder, it is not in the cache, and {url.hostname} cannot be reached."
-        raise ModelNotFoundError(name, reason, known) from None

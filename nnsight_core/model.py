@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nnsight_core.arguments import apply, unwrap
 from nnsight_core.batching import joined
+from nnsight_core.current import open_trace
 from nnsight_core.editor import Editor, EditPart, EditSteps
 from nnsight_core.edits import Edits
 from nnsight_core.envoy import Envoy, annotations_of
-from nnsight_core.errors import InputError, MissingInputError
+from nnsight_core.errors import InputError, MissingInputError, SessionError
 from nnsight_core.options import invoker_options, refuse_options, without_old_options
 from nnsight_core.passes import Call, Part, Result
 from nnsight_core.renames import Rename, check_aliases, plan_renames
+from nnsight_core.scan import Scan
+from nnsight_core.session import Session
 from nnsight_core.steps import Steps
 from nnsight_core.tracer import Tracer
 from nnsight_core.tree import Names, Tree
 from nnsight_core.values import NoTensorError, first_tensor
+
+T = TypeVar("T", bound=Tracer)
 
 
 class ResultEnvoy(Envoy):
@@ -116,6 +121,8 @@ class NNsight(Envoy):
         tree = self._tree.twin()
         result = ResultEnvoy(self._result._module, "result", tree)
         twin.__dict__.update(self.__dict__, _tree=tree, _children={}, _result=result)
+        if tree.unloaded is not None:
+            tree.envoys.add(twin)
         return twin
 
     @property
@@ -144,16 +151,23 @@ class NNsight(Envoy):
         """Run the model, its edits included."""
         if hook or not self._tree.edits:
             return super().__call__(*args, hook=hook, **kwargs)
-        return apply(self._run_edited, *args, **kwargs)
+        here = open_trace(self._tree.root)
+        is_dry = isinstance(here, Part) and here.twin is not None
+        return apply(partial(self._run_edited, Scan if is_dry else Tracer), *args, **kwargs)
 
-    def _run_edited(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(Call(self._module, args, kwargs))
+    def _run_edited(self, kind: type[Tracer], *args: Any, **kwargs: Any) -> Any:
+        return self._run(lambda: Call(self._module, args, kwargs), kind)
 
-    def _run(self, call: Call) -> Any:
+    def _run(self, prepare: Callable[[], Call], kind: type[Tracer] = Tracer) -> Any:
         """Make the call plainly, the edits included."""
         if not self._tree.edits:
+            self._tree.load()
+            call = prepare()
             return call.function(*call.args, **call.kwargs)
-        with Tracer(self, lambda: call, self._combine, self._result, has_input=True, in_steps=call.runs_repeatedly):
+        if kind is Tracer:
+            self._tree.load()
+        call = prepare()
+        with kind(self, lambda: call, self._combine, self._result, has_input=True, in_steps=call.runs_repeatedly):
             return self._result.output.value
 
     def trace(
@@ -177,7 +191,7 @@ class NNsight(Envoy):
             OptionError: an option that nobody knows, or that would do nothing.
             RemoteError: ``remote=True``.
         """
-        return self._open_trace(inputs, trace, invoker_args, kwargs, keeps_output=False)
+        return self._open(Tracer, inputs, trace, invoker_args, kwargs)
 
     def forward(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Tracer:
         """Another spelling of :meth:`trace`, after which the model's output need not have been saved:
@@ -191,16 +205,67 @@ class NNsight(Envoy):
         >>> torch.equal(runner.output, hidden.value)
         True
         """
-        tracer: Tracer = self._open_trace(inputs, True, invoker_args, kwargs, keeps_output=True)
+        tracer: Tracer = self._open(Tracer, inputs, True, invoker_args, kwargs, keeps_output=True)
         return tracer
 
-    def _open_trace(
+    def scan(self, *inputs: Any, invoker_args: Mapping[str, Any] | None = None, **kwargs: Any) -> Scan:
+        """Open a trace for shapes, dtypes and devices alone: nothing is computed, and no weights are needed.
+
+        Values are asked for and set as in a trace, and modules can be called; nothing of the model itself is touched.
+        What the block gives are fake tensors: they have a shape, and looking at their numbers is an error.
+
+        >>> import torch
+        >>> from nnsight_core import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
+        >>> with model.scan(torch.ones(5, 4)):
+        ...     shape = model[0].output.shape
+        >>> shape
+        torch.Size([5, 3])
+
+        Args:
+            inputs: what the model would be called with, as for :meth:`trace`.
+            invoker_args: options for turning ``inputs`` into the model's arguments.
+            kwargs: keyword arguments of the model's call.
+
+        Raises:
+            ScanError: the block or the model asks for numbers.
+        """
+        scan: Scan = self._open(Scan, inputs, True, invoker_args, kwargs)
+        return scan
+
+    def session(self, remote: bool = False) -> Session:
+        """Open a session around traces that belong together: values of one may be used in the next without saving.
+
+        >>> import torch
+        >>> from nnsight_core import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
+        >>> with model.session():
+        ...     with model.trace(torch.ones(1, 4)):
+        ...         hidden = model[0].output
+        ...     with model.trace(torch.zeros(1, 4)):
+        ...         model[0].output = hidden
+        ...         result = model.output.save()
+
+        What was not saved is let go when the session ends. Traces of other models inside belong to it as well.
+
+        Args:
+            remote: not available.
+
+        Raises:
+            SessionError: a session is open here already.
+        """
+        if remote:
+            raise SessionError("session(remote=True): running on a remote server is not available.")
+        return Session()
+
+    def _open(
         self,
+        kind: type[Tracer],
         inputs: tuple[Any, ...],
         trace: bool,
         invoker_args: Mapping[str, Any] | None,
         given: dict[str, Any],
-        keeps_output: bool,
+        keeps_output: bool = False,
     ) -> Any:
         kwargs = without_old_options(unwrap(given), self._module.forward) if given else {}
         options = invoker_options(invoker_args)
@@ -210,8 +275,8 @@ class NNsight(Envoy):
         else:
             prepare = partial(self._prepare_input, options=options, defaults=kwargs)
         if trace:
-            return Tracer(self, prepare, self._combine, self._result, has_input, keeps_output=keeps_output)
-        return self._run(prepare())
+            return kind(self, prepare, self._combine, self._result, has_input, keeps_output=keeps_output)
+        return self._run(prepare)
 
     def _is_input(self, kwargs: dict[str, Any]) -> bool:
         """Whether these keyword arguments are themselves what the model is to run on, and not options beside it."""

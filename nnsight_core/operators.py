@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nnsight_core.shapes import refuse_numbers
+
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset({f"__i{name}__" for name in _BINARY} | {"__setitem__", "__delitem__"})
 # These end in an underscore and yet leave the numbers alone.
@@ -37,11 +39,16 @@ class Operators:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         import numpy
 
-        found = numpy.asarray(self._plain(), dtype=dtype)
+        value = self._plain()
+        refuse_numbers(value, "numpy")
+        found = numpy.asarray(value, dtype=dtype)
         return found.copy() if copy else found
 
     def __format__(self, spec: str) -> str:
-        return format(self._plain(), spec)
+        value = self._plain()
+        if spec:
+            refuse_numbers(value, "format()")
+        return format(value, spec)
 
     def __hash__(self) -> int:
         return hash(self._plain())

@@ -18,6 +18,7 @@ from nnsight_core.events import Event, Origin
 from nnsight_core.forward_pass import ForwardPass
 from nnsight_core.gradients import Backwards, wants_gradients
 from nnsight_core.hooked_calls import call_hooked
+from nnsight_core.hooks import HookBoard
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.live import LiveClient
 from nnsight_core.operations import is_operation
@@ -28,6 +29,7 @@ from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
 from nnsight_core.tree import Tree
+from nnsight_core.twin import Twin
 
 
 @dataclass(slots=True)
@@ -82,16 +84,22 @@ class Part:
     """One body of a script: the inputs that it speaks of, and how far it is.
 
     Args:
-        root: the model.
+        tree: the model's.
         call: its input, prepared; None for a body that sees the whole batch.
         backwards: the backward passes of the trace.
+        twin: what runs in the place of the model, if it is not the model itself.
         in_steps: a pass may run the model several times.
     """
 
-    def __init__(self, root: torch.nn.Module, call: Call | None, backwards: Backwards, in_steps: bool = False) -> None:
-        self.root = root
+    def __init__(
+        self, tree: Tree, call: Call | None, backwards: Backwards, twin: Twin | None = None, in_steps: bool = False
+    ) -> None:
+        self.root = tree.root
         self._in_steps = in_steps
         self.call = call
+        self.twin = twin
+        if twin is not None:
+            tree.open_parts.add(self)
         self.scope = Scope()
         self.scope.gradient_tape = backwards.tape
         self._batch = call
@@ -172,8 +180,20 @@ class Part:
             self.counters = {**(self.counters or {}), asked.module: counter}
         return counter
 
+    def follow(self, root: torch.nn.Module) -> None:
+        """The model has been loaded in the middle of a dry run."""
+        self.root = root
+        if self.twin is not None:
+            self.twin.follow(root)
+
+    def running(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What runs in the place of ``module``."""
+        return module if self.twin is None else self.twin.of(module)
+
     def ask(self, asked: Asked, view: View | None = None) -> Any:
         """The value asked for, or the part that ``view`` shows: present if this body runs live, else pending."""
+        if self.twin is not None:
+            asked.module = self.twin.original(asked.module)
         if self.live is None:
             assert self.tape is not None
             whole = self.tape.ask(asked)
@@ -237,7 +257,8 @@ class Part:
             # A body that sees the whole batch, which has to be put together first.
             self.tape.force()
         assert self._batch is not None
-        return observed_operations(self.root, self._batch.args, self._batch.kwargs, module)
+        shapes = None if self.twin is None else self.twin.shapes
+        return observed_operations(self.root, self._batch.args, self._batch.kwargs, module, shapes)
 
     def _part(self, event: Event, get: Callable[[Any, Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         if self.rows is not None:
@@ -269,6 +290,7 @@ class Pass:
         root: the model.
         result: the module that is called with what the pass gives.
         edits: the edits of the model; None if it has none.
+        twin: what is run in the place of the model, if it is not to be the model itself.
     """
 
     def __init__(
@@ -278,13 +300,22 @@ class Pass:
         root: torch.nn.Module,
         result: torch.nn.Module,
         edits: TraceEdits | None = None,
+        twin: Twin | None = None,
     ) -> None:
         def run() -> Any:
             return result(call.function(*call.args, **call.kwargs))
 
-        observe = partial(observed_order, root, call.args, call.kwargs)
-        self.forward = ForwardPass(run)
-        self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None)
+        def run_twin() -> Any:
+            assert twin is not None
+            args, kwargs = twin.own((call.args, call.kwargs))
+            with twin.running():
+                return result(twin.module(*args, **kwargs))
+
+        shapes = None if twin is None else twin.shapes
+        observe = partial(observed_order, root, call.args, call.kwargs, shapes)
+        self.forward = ForwardPass(run if twin is None else run_twin)
+        board = HookBoard if twin is None else twin.board
+        self.interleaver = Interleaver(self.forward, observe, root if call.runs_repeatedly else None, board)
         self.parts = parts
         self._call = call
         self._edits = edits
@@ -309,13 +340,13 @@ class Pass:
                         self.interleaver.hooks.announce(asked.module, asked.ancestors)
                 client = TapeClient(part.tape, self.interleaver, part.proxy, part.rows)
                 self._clients[part.tape] = self._by_part[part] = client
-                part.scope.run_hooked = partial(call_hooked, self.interleaver, client)
+                part.scope.run_hooked = partial(call_hooked, self.interleaver, client, part.twin)
                 if part is not live:
                     client.run(self._clients)
         if live is None:
             return
         live.live = LiveClient(self.interleaver)
-        live.scope.run_hooked = partial(call_hooked, self.interleaver, live.live)
+        live.scope.run_hooked = partial(call_hooked, self.interleaver, live.live, live.twin)
         if live.tape is not None:
             self._by_part[live].play(live.ask)
             live.tape = None
@@ -324,7 +355,10 @@ class Pass:
         """Let ``cache`` note the values of ``part`` from here on."""
         record = cache.recorder(self._in_steps)
         for module, kind in cache.watched():
-            self.interleaver.observe(module, kind, tree.ancestors(module), record, part.rows)
+            ancestors, known, note = tree.ancestors(module), module, record
+            if part.twin is not None:
+                known, note = part.twin.original(module), partial(_noted_of, record, module)
+            self.interleaver.observe(known, kind, ancestors, note, part.rows)
 
     def finish(self) -> list[Part]:
         """Run to the end; gives the bodies that could not be done in this pass."""
@@ -361,3 +395,9 @@ class Pass:
             # Those who run tapes know one another, and the collector alone could take that apart.
             self._clients.clear()
             self._by_part.clear()
+
+
+def _noted_of(
+    record: Callable[[torch.nn.Module, str, Any], None], module: torch.nn.Module, _: Any, kind: str, value: Any
+) -> None:
+    record(module, kind, value)

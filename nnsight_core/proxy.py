@@ -29,6 +29,7 @@ from nnsight_core.arguments import (
 from nnsight_core.errors import RecordingError, ReleasedValueError
 from nnsight_core.events import Event, Origin
 from nnsight_core.operators import Operators, changes_in_place
+from nnsight_core.shapes import refuse_numbers
 from nnsight_core.sites import inside_autograd_function, user_site
 from nnsight_core.token_index import TokenIndex
 from nnsight_core.values import own_copy, share_storage, with_attribute, with_entry
@@ -240,6 +241,8 @@ class Proxy(Operators, Appearance):
         if tape is not None and name not in _LOOKS and self._can_wait(tape, changes_in_place(name, kwargs)):
             return tape.record(call_method, self, name, *args, **kwargs)
         owner = self._plain()
+        if name == "numpy":
+            refuse_numbers(owner, name)
         if isinstance(owner, Mapping) and self._scope.open:
             if name == "get":
                 return self[args[0]] if args[0] in owner else (args[1:] or (None,))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -234,8 +234,8 @@ class Scope:
         as_plain = as_plain_result(value)
         return self.proxy(value, origin, site=site) if as_plain is NotImplemented else as_plain
 
-    def close(self) -> None:
-        """End the scope: proxies that were not saved lose their values."""
+    def close(self, keep: bool = False) -> None:
+        """End the scope: proxies that were not saved lose their values, unless they are to be kept for a session."""
         self.open = False
         self._inputs, self._rows, self._rows_of = _NO_INPUTS, None, None
         self.tape = self.run_hooked = None
@@ -243,22 +243,38 @@ class Scope:
         if self._gradients is not None:
             self._gradients.drop()
             self._gradients = None
-        for reference in self._made:
-            proxy = reference()
-            if proxy is None:
-                continue
+        for proxy in self._proxies():
             _set(proxy, "_origin", None)
             if proxy._tape is not None:
                 # A tape and the proxies of its steps hold one another.
                 _set(proxy, "_tape", None)
                 _set(proxy, "_live", None)
-            saved = proxy._saved
-            if self.is_cut and saved:
+            is_kept = proxy._saved or keep
+            if self.is_cut and is_kept:
                 _trim(proxy)
-            if not saved or proxy._value is PENDING:
-                _set(proxy, "_value", NEVER_CAME if saved else RELEASED)
+            if not is_kept or proxy._value is PENDING:
+                _set(proxy, "_value", NEVER_CAME if is_kept else RELEASED)
+                _let_go(proxy)
+        if not keep:
+            self._made.clear()
+
+    def release(self) -> None:
+        """Let go of what was kept for a session and not saved."""
+        for proxy in self._proxies():
+            if not proxy._saved and proxy._value is not NEVER_CAME:
+                _set(proxy, "_value", RELEASED)
                 _let_go(proxy)
         self._made.clear()
+
+    def has_values(self) -> bool:
+        """Whether anybody still has a value that lives here."""
+        return any(True for _ in self._proxies())
+
+    def _proxies(self) -> Iterator[Any]:
+        for reference in self._made:
+            proxy = reference()
+            if proxy is not None:
+                yield proxy
 
 
 def hooked_call(scope: Scope, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.batch_axes import BatchAxes
 from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
-from nnsight_core.current import closed, opened
+from nnsight_core.current import OpenSession, closed, end_scope, open_session, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
@@ -25,6 +25,7 @@ from nnsight_core.rows import rows_of
 from nnsight_core.sites import user_frame, user_site
 from nnsight_core.steps import Steps
 from nnsight_core.tape import Tape
+from nnsight_core.twin import Twin
 
 Prepare = Callable[..., Call]
 Combine = Callable[["list[Call]"], "tuple[Call, list[int]]"]
@@ -51,6 +52,9 @@ class Tracer:
     _stopped = False
     _pass: Pass | None = None
     _batch: Call | None = None
+    #: What runs in the place of the model, if it is not to be the model itself.
+    _twin: Twin | None = None
+    _session: OpenSession | None = None
     #: The body being written.
     _current: Part | None = None
 
@@ -65,7 +69,6 @@ class Tracer:
         keeps_output: bool = False,
     ) -> None:
         self._model = model
-        self._root = model._tree.root
         self._prepare: Prepare | None = prepare
         self._combine = combine
         self._has_input = has_input
@@ -88,15 +91,26 @@ class Tracer:
         check_not_in_its_edit(self._model._tree)
         self._entered = True
         self._keeper.open()
-        if self._has_input:
-            try:
-                part = Part(self._root, self._prepare(), self._backwards, self._in_steps)
+        self._session = open_session()
+        try:
+            self._make_ready()
+            if self._edits is not None:
+                self._edits.twin = self._twin
+            if self._has_input:
+                part = self._part(self._prepare())
                 self._begin(part, sys._getframe(1))
                 self._start_pass(part)
-            except BaseException:
-                self._close()
-                raise
+        except BaseException:
+            self._close()
+            raise
         return self
+
+    def _make_ready(self) -> None:
+        """Make sure that there is something to run."""
+        self._model._tree.load()
+
+    def _part(self, call: Call | None) -> Part:
+        return Part(self._model._tree, call, self._backwards, self._twin, self._in_steps)
 
     def _begin(self, part: Part, frame: FrameType) -> None:
         part.edits = self._edits
@@ -127,7 +141,8 @@ class Tracer:
     def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
         self.forward_passes += 1
         self._batch = batch
-        self._pass = Pass(batch, parts, self._root, self._result._module, self._edits)
+        root = self._model._tree.root
+        self._pass = Pass(batch, parts, root, self._result._module, self._edits, self._twin)
         self._pass.start(live)
 
     def _finish_pass(self) -> None:
@@ -156,9 +171,8 @@ class Tracer:
         try:
             if kind is None:
                 self._finish_pass()
-                if self._gathered:
-                    self._finish_gathered()
-                elif not self._parts:
+                self._finish_gathered()
+                if not self._parts:
                     raise MissingInputError()
                 self._check_parts()
         finally:
@@ -181,14 +195,14 @@ class Tracer:
             self._pass = None
             self._keeper.close()
             # What was traced may be large, and the tracer may outlive the block.
-            self._prepare = self._batch = None
+            self._prepare = self._batch = self._twin = None
+            session, self._session = self._session, None
             for part in self._parts:
                 closed(part)
-                part.scope.close()
+                end_scope(part.scope, session)
             if self._edits is not None:
-                self._edits.close()
-            self._parts = []
-            self._gathered = []
+                self._edits.close(session)
+            self._parts, self._gathered = [], []
             self._current = None
             self._entered = False
 
@@ -223,7 +237,7 @@ class Tracer:
             raise RuntimeError("An invoke cannot be opened inside another one: put them one after the other.")
         assert self._prepare is not None
         call = self._prepare(*inputs, **kwargs) if inputs or kwargs else None
-        part = Part(self._root, call, self._backwards, self._in_steps)
+        part = self._part(call)
         part.record(self)
         self._begin(part, sys._getframe(2))
         return call
@@ -328,7 +342,7 @@ class Tracer:
 
         An open loop ends with the generation; a step asked for by number that does not come is an error.
         """
-        return Steps(self._open_part(), self._result, self._root)
+        return Steps(self._open_part(), self._result, self._model._tree.root)
 
     def all(self) -> Iterator[int]:
         """All generation steps: ``for step in tracer.all()``, as ``tracer.iter[:]``."""

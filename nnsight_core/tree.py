@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -17,6 +19,16 @@ NO_NAMES: Names = {}
 
 def _no_example(root: torch.nn.Module) -> None:
     return None
+
+
+class Unloaded(Protocol):
+    """The weights of a model that has its modules, and nothing in them yet."""
+
+    def load(self) -> None:
+        """Put modules with weights in the place of those without."""
+
+    def alters(self, name: str, value: Any) -> bool:
+        """Whether the attribute ``name`` of a module, which is ``value`` now, may be another one with weights."""
 
 
 class Tree:
@@ -35,10 +47,60 @@ class Tree:
         self.edits = Edits()
         #: Modules into whose output the model writes after they have given it.
         self.written_over: frozenset[torch.nn.Module] = frozenset()
-        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
-        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
         #: Gives arguments to run a root with where nothing is traced, and keyword arguments; None if unknown.
         self.example: Callable[[torch.nn.Module], Pair | None] = _no_example
+        #: What is to be loaded before the model can run; None once it is.
+        self.unloaded: Unloaded | None = None
+        #: The device that weights which are not loaded will come to; None where nobody knows.
+        self.home: torch.device | None = None
+        #: The envoys that there are of a model that is not loaded, and the open parts of its edits and dry runs.
+        self.envoys: WeakSet[Any] = WeakSet()
+        self.open_parts: WeakSet[Any] = WeakSet()
+        #: All trees of these modules: edited models have their own.
+        self._trees: WeakSet[Tree] = WeakSet([self])
+        #: What has taken the place of modules without weights.
+        self._loaded: WeakKeyDictionary[torch.nn.Module, torch.nn.Module] = WeakKeyDictionary()
+        self._parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        self._ancestors: dict[torch.nn.Module, tuple[torch.nn.Module, ...]] = {}
+
+    def load(self) -> None:
+        """Make sure that the model has its weights."""
+        if self.unloaded is not None:
+            self.unloaded.load()
+
+    def adopt(self, root: torch.nn.Module) -> None:
+        """Let all envoys, those that the user holds too, speak of the modules of ``root`` at their paths."""
+        loaded = dict(root.named_modules(remove_duplicate=False))
+        for path, module in self.root.named_modules(remove_duplicate=False):
+            if loaded.get(path, module) is not module:
+                self._loaded[module] = loaded[path]
+        self.forget()
+        for envoy in list(self.envoys):
+            # A module that is not there does not run any more, which whoever asks for its values will be told.
+            envoy._module = loaded.get(envoy._path, envoy._module)
+        for tree in list(self._trees):
+            tree.root = root
+            tree.written_over = frozenset(self.now(each) for each in tree.written_over)
+            for edit in tree.edits:
+                edit.root = root
+        for part in list(self.open_parts):
+            part.follow(root)
+
+    def all_loaded(self) -> None:
+        """The weights are there, for edited models too."""
+        for tree in list(self._trees):
+            tree.unloaded = None
+        self.envoys.clear()
+
+    def rename(self, aliases: Mapping[str, Names]) -> None:
+        """Let the modules have these extra names, in the place of those that they have."""
+        self.aliases = dict(aliases)
+        for envoy in list(self.envoys):
+            envoy._names = self.aliases.get(envoy._path, NO_NAMES)
+
+    def now(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What ``module``, which may have been without weights, has become."""
+        return self._loaded.get(module, module)
 
     def ancestors(self, module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
         """Every module inside whose call ``module`` may be called, the root among them.
@@ -55,6 +117,7 @@ class Tree:
         """The same modules under the same names, with edits of their own from here on."""
         twin = copy.copy(self)
         twin.aliases = dict(self.aliases)
+        self._trees.add(twin)
         return twin
 
     def forget(self) -> None:

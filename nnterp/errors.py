@@ -25,7 +25,6 @@ NnterpError
     +-- ShapeError              a value of the wrong shape for its place
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
-    +-- RemoteNotAvailableError a computation was to run on another machine
     +-- TopCountError           more of the most probable tokens than there are, or none
 """
 
@@ -49,7 +48,6 @@ __all__ = [
     "ModulePathError",
     "NnterpError",
     "PositionError",
-    "RemoteNotAvailableError",
     "RenamingError",
     "ShapeError",
     "SpecError",
@@ -350,16 +348,6 @@ class SteeringVectorError(UsageError, ValueError):
 
 class PositionError(UsageError, IndexError):
     """A position or a prompt that is not there."""
-
-
-class RemoteNotAvailableError(UsageError):
-    """A computation was to run on another machine."""
-
-    def __init__(self, asked: str) -> None:
-        super().__init__(
-            f"{asked}(..., remote=True): running on a remote server is not available.\n"
-            "Leave out remote=True to run the model on this machine."
-        )
 
 
 class TopCountError(UsageError, ValueError):

@@ -19,7 +19,7 @@ from nnterp.inference import infer_spec
 from nnterp.rename import RenameConfig, RenamePlan, plan
 from nnterp.spec import ArchitectureSpec
 
-__all__ = ["name_modules", "NamedModules"]
+__all__ = ["name_modules", "NamedModules", "serving_spec"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class NamedModules:
     spec: ArchitectureSpec
     sizes: Dimensions
     plan: RenamePlan
+
+
+def serving_spec(module: torch.nn.Module, spec: str | Path | None = None) -> ArchitectureSpec | None:
+    """The specification in the file ``spec``, or else the one that serves the model's type; None where none does."""
+    if spec is not None:
+        return spec_from_file(spec)
+    return load_specs().get(getattr(config_of(module), "model_type", ""))
 
 
 def name_modules(
@@ -43,8 +50,7 @@ def name_modules(
     Raises `UnknownArchitectureError` where the structure cannot be found, and a `RenamingError` where names do not fit.
     """
     config = config_of(module)
-    served = load_specs().get(getattr(config, "model_type", ""))
-    own = spec_from_file(spec) if spec is not None else served
+    own = serving_spec(module, spec)
     chosen = (infer_spec(module, rename_config) if own is None else own).for_config(config)
     sizes = dimensions(chosen, config, rename_config)
     # Some models use one module in several layers; it has a name in each of them.

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from nnsight_core.envoy import Envoy
-from nnterp.errors import MissingPartError, RemoteNotAvailableError
+from nnsight_core.errors import RemoteError
+from nnterp.errors import MissingPartError
 from nnterp.naming import name_modules
 from nnterp.rename_plan import LayerPlan, RenameConfig
 from nnterp.standardized_transformer import StandardizedTransformer
@@ -224,7 +225,7 @@ def get_token_activations(
         idx: which token of each prompt, by its own tokens, whatever the padding; the last one if None.
         tracer: the open trace, where ``prompts`` is None.
     """
-    _refuse_remote(remote, "get_token_activations")
+    _refuse_remote(remote)
     if (prompts is None) == (tracer is None):
         raise TypeError("get_token_activations() takes prompts, or the tracer of a trace that is open.")
     if tracer is not None:
@@ -258,7 +259,7 @@ def collect_token_activations_batched(
     ``tqdm`` is put around the batches to show how far it is. ``use_session`` is for scripts that set it: batches run
     one after the other in any case.
     """
-    _refuse_remote(remote, "collect_token_activations_batched")
+    _refuse_remote(remote)
     batches: Iterable[Sequence[str]] = list(_batches(prompts, batch_size))
     found = []
     with torch.no_grad():
@@ -277,7 +278,7 @@ def collect_last_token_activations_session(
     idx: int | None = None,
 ) -> torch.Tensor:
     """:func:`collect_token_activations_batched` by its older name."""
-    _refuse_remote(remote, "collect_last_token_activations_session")
+    _refuse_remote(remote)
     return collect_token_activations_batched(nn_model, prompts, batch_size, layers, get_activations, idx=idx)
 
 
@@ -293,13 +294,13 @@ def compute_next_token_probs(
     nn_model: StandardizedTransformer, prompt: str | list[str], remote: bool = False
 ) -> torch.Tensor:
     """The probabilities of the token after each prompt, (batch, vocab), each row sums to 1."""
-    _refuse_remote(remote, "compute_next_token_probs")
+    _refuse_remote(remote)
     with torch.no_grad(), nn_model.trace(prompt):
         probs = nn_model.next_token_probs.save()
     found: torch.Tensor = probs.value
     return found
 
 
-def _refuse_remote(remote: bool, asked: str) -> None:
+def _refuse_remote(remote: bool) -> None:
     if remote:
-        raise RemoteNotAvailableError(asked)
+        raise RemoteError()

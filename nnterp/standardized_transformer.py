@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.devices import has_numbers
 from nnsight_core.envoy import Envoy
-from nnsight_core.errors import ModelNotFoundError
-from nnsight_core.language_model import LanguageModel, load_model, load_tokenizer, refuse_loading_options
+from nnsight_core.errors import ModelNotFoundError, RemoteError
+from nnsight_core.language_model import LanguageModel
+from nnsight_core.loading import Checkpoint
 from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
+from nnsight_core.tree import NO_NAMES
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
-from nnterp.naming import name_modules
+from nnterp.naming import name_modules, serving_spec
 from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
 from nnterp.spec_layer import KINDS
@@ -50,20 +53,25 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         model: a folder, a name on the hub, the name of a model that comes with the package (``demo-gpt2``,
             ``demo-llama``), or a model object.
         trust_remote_code: let a checkpoint bring its own code, as in transformers.
-        check_renaming: check the names by numbers, with one small forward pass.
+        check_renaming: check the names by numbers, with one small forward pass, once the weights are loaded.
+        remote: not available.
+        allow_dispatch: load the weights at once. ``False`` loads and checks them when they are needed first.
         rename_config: which modules play which part, where the specification does not fit the model.
         rename: extra names for modules, ``{"transformer.h": "blocks"}``.
         spec: a specification of one's own, as a path to a YAML file. Without one, a model whose type no file serves is
             opened by its structure, which one forward pass shows (`nnterp spec MODEL` prints what was found).
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
-        enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
-        kwargs: handed on to ``AutoModelForCausalLM.from_pretrained``.
+        dispatch: another name for ``allow_dispatch``, which it overrides.
+        enable_attention_probs, check_attn_probs_with_trace, allow_multimodal: accepted for scripts that set them;
+            nothing has to be enabled or allowed.
+        kwargs: as for :class:`~nnsight_core.LanguageModel`: ``device_map``, ``dtype``, ``revision``, ...
 
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
         UnknownArchitectureError: no specification serves the model's type, and its structure cannot be found.
         RenamingError: a name or path does not fit the model.
         ValidationError: the specification's promises do not hold on this model.
+        RemoteError: ``remote`` is set.
     """
 
     num_layers: int
@@ -89,31 +97,76 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         model: str | Path | torch.nn.Module,
         trust_remote_code: bool = False,
         check_renaming: bool = True,
-        *,
+        remote: bool = False,
+        allow_dispatch: bool = True,
+        enable_attention_probs: bool = False,
+        check_attn_probs_with_trace: bool = True,
+        allow_multimodal: bool = False,
         rename_config: RenameConfig | None = None,
+        *,
         rename: Mapping[str, str | list[str]] | None = None,
         spec: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        enable_attention_probs: bool = False,
+        dispatch: bool | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if remote:
+            raise RemoteError()
+        source: Checkpoint | torch.nn.Module
         if isinstance(model, torch.nn.Module):
-            refuse_loading_options(kwargs)
-            module = model
+            source, module = model, model
         else:
-            module, tokenizer = _load(model, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        named = name_modules(module, spec, rename_config, rename)
+            source = _checkpoint(model, trust_remote_code=trust_remote_code, **kwargs)
+            module, kwargs = source.module, {}
+        super().__init__(source, tokenizer, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
+        self._how_named: tuple[Any, ...] | None = (spec, rename_config, rename)
+        self._is_checked = not check_renaming
+        # What no specification serves shows its structure only when it runs.
+        if self.dispatched or serving_spec(module, spec) is not None:
+            self._name()
+        if self.dispatched:
+            self._check_loaded()
+        elif allow_dispatch if dispatch is None else dispatch:
+            self.dispatch()
+
+    def _name(self) -> None:
+        """Give the modules their names, unless they have them."""
+        if self._how_named is None:
+            return
+        module = self._module
+        named = name_modules(module, *self._how_named)
         self._spec, self._plan, self._sizes = named.spec, named.plan, named.sizes
-        super().__init__(module, tokenizer, aliases=self._plan.aliases)
+        self._how_named = None
+        self._tree.rename(self._planned(module, None, self._plan.aliases))
+        self._names = self._tree.aliases.get("", NO_NAMES)
         self._tree.written_over = frozenset(module.get_submodule(path) for path in self._plan.written_over)
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
             setattr(self, name, getattr(self._sizes, name))
         self._logits_place = Place("", "output", "logits", logits_of, with_logits)
         self._add_accessors()
-        if check_renaming and not any(each.is_meta for each in module.parameters()):
-            validate(module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self.__dict__.get("_how_named") is None:
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # It may be a name that this model gets when its structure is known.
+            self.dispatch()
+            if self._how_named is not None:
+                raise
+        return getattr(self, name)
+
+    def _check_loaded(self) -> None:
+        self._name()
+        if not self._is_checked and has_numbers(self._module):
+            validate(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+            self._is_checked = True
 
     def _twin(self) -> StandardizedTransformer:
+        if self._how_named is not None:
+            self.dispatch()
         twin = super()._twin()
         assert isinstance(twin, StandardizedTransformer)
         twin._add_accessors()
@@ -237,9 +290,7 @@ def _no_padding(scope: Scope) -> torch.Tensor:
     return torch.ones_like(scope.inputs["input_ids"])
 
 
-def _load(
-    name: str | Path, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool, **kwargs: Any
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase | None]:
+def _checkpoint(name: str | Path, **options: Any) -> Checkpoint:
     # A folder of one's own wins over a model that comes along under the same name.
     place: str | Path = name
     if isinstance(name, str) and not Path(name).is_dir():
@@ -247,5 +298,4 @@ def _load(
         if place == name and name.startswith("demo-"):
             # These names are the package's own, so the hub need not be asked for one that is mistyped.
             raise ModelNotFoundError(name, "no model of this name comes with the package.", DEMO_MODELS)
-    module = load_model(place, DEMO_MODELS, trust_remote_code=trust_remote_code, **kwargs)
-    return module, tokenizer or load_tokenizer(place, trust_remote_code=trust_remote_code)
+    return Checkpoint(place, known=DEMO_MODELS, **options)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from nnsight_core.errors import EmptyPromptError, InputError
-from nnterp.errors import RemoteNotAvailableError, TopCountError
+from nnsight_core.errors import EmptyPromptError, InputError, RemoteError
+from nnterp.errors import TopCountError
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -83,11 +83,11 @@ def logit_lens(
         prediction; with ``return_inv_logits`` a second tensor like it.
 
     Raises:
-        RemoteNotAvailableError: ``remote`` is set.
+        RemoteError: ``remote`` is set.
         InputError: a prompt has no token, or more than the model has positions.
     """
     if remote:
-        raise RemoteNotAvailableError("logit_lens")
+        raise RemoteError()
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:
         raise EmptyPromptError(0, 0)

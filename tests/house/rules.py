@@ -19,8 +19,8 @@ MAX_FUNCTION_LINES = 60
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Rule = Callable[[Path], list[str]]
 
-# The only file of the core that may import transformers, and the only one that may register with torch.
-TRANSFORMERS_DOOR = "nnsight_core/language_model.py"
+# The only files of the core that may import transformers, and the only one that may register with torch.
+TRANSFORMERS_DOORS = ("nnsight_core/language_model.py", "nnsight_core/loading.py")
 HOOKS_DOOR = "nnsight_core/hooks.py"
 GREENLET_ROOM = "nnsight_core"
 # What was trained is judged without the library, or the library would be judged by itself.
@@ -230,8 +230,8 @@ def imported_modules(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
 
 
 def one_door_to_transformers(root: Path) -> list[str]:
-    """The engine wraps any module; only its language model knows of transformers."""
-    return _imports_outside(root, "transformers", lambda name: name.startswith("nnterp/") or name == TRANSFORMERS_DOOR)
+    """The engine wraps any module; only its language model, and what loads one, know of transformers."""
+    return _imports_outside(root, "transformers", lambda name: name.startswith("nnterp/") or name in TRANSFORMERS_DOORS)
 
 
 def no_greenlet_in_nnterp(root: Path) -> list[str]:

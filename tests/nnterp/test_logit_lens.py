@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nnsight_core.errors import EmptyPromptError, InputError, PromptTooLongError
+from nnsight_core.errors import EmptyPromptError, InputError, PromptTooLongError, RemoteError
 from nnterp import StandardizedTransformer
-from nnterp.errors import RemoteNotAvailableError, TopCountError
+from nnterp.errors import TopCountError
 from nnterp.interventions import lens_tokens, logit_lens
 from nnterp.interventions.logit_lens import BATCH_SIZE
 from tests.families import tiny_model
@@ -159,7 +159,7 @@ def _texts_of(model: StandardizedTransformer, ids: list[int]) -> tuple[str, ...]
 
 
 def test_mistakes(gpt2: StandardizedTransformer) -> None:
-    with pytest.raises(RemoteNotAvailableError, match="Leave out remote=True"):
+    with pytest.raises(RemoteError, match="Leave remote out"):
         logit_lens(gpt2, "text", remote=True)
     for nothing in ([], "", ["a", ""]):
         with pytest.raises(EmptyPromptError):

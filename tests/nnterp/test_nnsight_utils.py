@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from nnsight_core.errors import RemoteError
 from nnterp import RenameConfig, StandardizedTransformer, nnsight_utils, rename_utils
-from nnterp.errors import MissingPartError, RemoteNotAvailableError, RenamingError
+from nnterp.errors import MissingPartError, RenamingError
 from nnterp.nnsight_utils import ModuleAccessor, collect_token_activations_batched, get_token_activations
 from nnterp.rename_utils import get_rename_dict
 from tests.families import tiny_model
@@ -62,7 +63,7 @@ def test_token_activations(demo_gpt2: StandardizedTransformer) -> None:
 
 
 def test_what_cannot_be_asked(demo_gpt2: StandardizedTransformer) -> None:
-    with pytest.raises(RemoteNotAvailableError):
+    with pytest.raises(RemoteError):
         get_token_activations(demo_gpt2, PROMPTS, remote=True)
     with pytest.raises(TypeError, match="prompts, or the tracer"):
         get_token_activations(demo_gpt2)
