@@ -6,12 +6,7 @@ from nnsight_core.errors import (
     CallsNotCountedError,
     CopyError,
     EditError,
-    EmptyPromptError,
     GradientError,
-    InputError,
-    MissingInputError,
-    MissingWeightsError,
-    ModelNotFoundError,
     ModuleNotRunError,
     NameTakenError,
     NNsightError,
@@ -22,8 +17,6 @@ from nnsight_core.errors import (
     OptionError,
     OrderError,
     OutOfOrderError,
-    PaddingError,
-    PromptTooLongError,
     RecomputedError,
     RecordingError,
     ReleasedValueError,
@@ -36,6 +29,15 @@ from nnsight_core.errors import (
     StepNotRunError,
     TraceStoppedError,
     WrongThreadError,
+)
+from nnsight_core.input_errors import (
+    EmptyPromptError,
+    InputError,
+    MissingInputError,
+    MissingWeightsError,
+    ModelNotFoundError,
+    PaddingError,
+    PromptTooLongError,
 )
 from nnsight_core.keeping import log, save
 from nnsight_core.language_model import LanguageModel

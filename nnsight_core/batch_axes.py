@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnsight_core.hooks import hookless_copy, observing
+from nnsight_core.copies import hookless_copy
+from nnsight_core.hooks import observing
 from nnsight_core.values import entries_of, map_tensors
 
 #: Where a tensor stands: the module, "input" or "output", and the keys that lead to it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nnsight_core.errors import InputError
+from nnsight_core.input_errors import InputError
 
 
 def joined(values: Sequence[Any]) -> Any:

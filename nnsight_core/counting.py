@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _nothing() -> None:
+    return None
+
 
 class CallCounter:
     """Counts the calls of one module in a pass."""
@@ -17,3 +26,18 @@ class CallCounter:
     def begins(self) -> None:
         """A call begins."""
         self.now += 1
+
+
+class Counting:
+    """The hook that counts calls."""
+
+    def __init__(self, counts: Callable[[], Any], counter: CallCounter) -> None:
+        self._counts = counts
+        self._counter = counter
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self._counts():
+            self._counter.begins()
+
+    def __reduce__(self) -> Any:
+        return Counting, (_nothing, CallCounter())

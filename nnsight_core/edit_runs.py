@@ -11,6 +11,7 @@ import torch
 
 from nnsight_core.arguments import mapped
 from nnsight_core.asked import Asked
+from nnsight_core.call import Call
 from nnsight_core.counting import CallCounter
 from nnsight_core.current import OpenSession, end_scope
 from nnsight_core.edits import SCOPE, Edit, Slot, steps_in
@@ -20,7 +21,7 @@ from nnsight_core.hooked_calls import call_hooked
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.interleaver import Interleaver
 from nnsight_core.operations import is_operation
-from nnsight_core.passes import Call, Part
+from nnsight_core.passes import Part
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_site

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from nnsight_core.errors import NameTakenError, NoSuchEntryError, NoSuchModuleEr
 from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
 from nnsight_core.source import Source
-from nnsight_core.tree import NO_NAMES, Names, Tree
+from nnsight_core.tree import NO_NAMES, Names, Tree, annotations_of
 from nnsight_core.tree_text import tree_text
 from nnsight_core.values import fitting
 
@@ -398,8 +397,3 @@ class Envoy:
         if hook:
             return trace.do(hooked_call, trace.scope, self._module, *args, **kwargs)
         return apply(trace.running(self._module), *args, **kwargs)
-
-
-def annotations_of(kind: type) -> set[str]:
-    """The attributes that a class and its bases declare."""
-    return {name for each in kind.__mro__ for name in inspect.get_annotations(each)}

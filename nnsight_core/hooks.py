@@ -7,11 +7,9 @@ for themselves; a module that nobody asked for costs nothing.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from types import FrameType
 from typing import Any
@@ -23,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nnsight_core.arguments import Met, unwrap
 from nnsight_core.compiled import Eager
-from nnsight_core.counting import CallCounter
+from nnsight_core.counting import CallCounter, Counting
 from nnsight_core.gates import Gate
 from nnsight_core.operations import Tap, is_operation
 from nnsight_core.taps import Deliver, Taps
@@ -241,21 +239,6 @@ class HookBoard:
         self._taps = None
 
 
-class Counting:
-    """The hook that counts calls."""
-
-    def __init__(self, counts: Callable[[], Any], counter: CallCounter) -> None:
-        self._counts = counts
-        self._counter = counter
-
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if self._counts():
-            self._counter.begins()
-
-    def __reduce__(self) -> Any:
-        return Counting, (_nothing, CallCounter())
-
-
 def _nobodys_board() -> HookBoard:
     return HookBoard(_nothing, _nothing)
 
@@ -376,69 +359,3 @@ NAMES_OF_GRADIENTS = frozenset({"grad", "retain_grad", "register_hook"})
 def on_gradient(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
     """Call ``arrived`` with the gradient of ``tensor`` in the next backward pass; ``.remove()`` takes it back."""
     return tensor.register_hook(arrived)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def hooked(root: torch.nn.Module) -> list[str]:
-    """The paths of the modules of ``root`` that have hooks, or another forward than their class's."""
-    return [
-        path
-        for path, module in root.named_modules()
-        if "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
-    ]
-
-
-def hookless_copy(root: torch.nn.Module, known: dict[int, Any], but_own: bool = False) -> torch.nn.Module:
-    """A deep copy of ``root`` without hooks and gates; ``known`` are copies there are already, by the originals' ids.
-
-    ``but_own`` leaves the hooks that the model's own library has put there, which are part of what it computes. The
-    original is not touched, for other threads may be running it.
-    """
-    left: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    with Gate.lock:
-        for module in root.modules():
-            own = _own_keys(module, root) if but_own else set()
-            for hooks in (module.__dict__[name] for name in _HOOKS if module.__dict__.get(name) is not None):
-                known[id(hooks)] = empty = type(hooks)()
-                left.append((empty, {key: hook for key, hook in hooks.items() if key in own}))
-            gate = module.__dict__.get("forward")
-            if isinstance(gate, Gate):
-                known[id(gate)] = gate
-        copied = copy.deepcopy(root, known)
-    for hooks, kept in left:
-        # Once all modules are copied, for hooks may be methods of theirs.
-        hooks.update(copy.deepcopy(kept, known))
-    for module in copied.modules():
-        gate = module.__dict__.get("forward")
-        if isinstance(gate, Gate):
-            del module.__dict__["forward"]
-            if gate.own is not None:
-                module.__dict__["forward"] = copy.deepcopy(gate.own, known)
-    return copied
-
-
-def _own_keys(module: torch.nn.Module, root: torch.nn.Module) -> set[Any]:
-    """The keys of the hooks on ``module`` that come from its own library; torch gives each key once."""
-    hooks = [each for name in _HOOKS for each in (module.__dict__.get(name) or {}).items()]
-    return {key for key, hook in hooks if _is_own(hook, module, root)}
-
-
-def _is_own(hook: Any, *modules: torch.nn.Module) -> bool:
-    """Whether a hook comes from the library that one of ``modules`` comes from."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return _package_of(hook) in {_package_of(type(module)) for module in modules}
-
-
-def _package_of(thing: Any) -> str:
-    return str(getattr(thing, "__module__", "")).partition(".")[0]

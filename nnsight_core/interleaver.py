@@ -7,17 +7,12 @@ hook. Early, late and never are decided here and nowhere else.
 
 from __future__ import annotations
 
-import contextvars
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from greenlet import getcurrent
-from torch.overrides import TorchFunctionMode
 
 from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
@@ -30,22 +25,21 @@ from nnsight_core.errors import (
     RecomputedError,
     StepNotRunError,
     TraceStoppedError,
-    WrongThreadError,
 )
 from nnsight_core.events import Event
 from nnsight_core.forward_pass import ForwardPass, Unwind
-from nnsight_core.hooks import HookBoard, PlainCalls
-from nnsight_core.line_tracers import calls_go_on, calls_wait, stack_keeper
+from nnsight_core.hooks import HookBoard
 from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 from nnsight_core.taps import Deliver
+from nnsight_core.turns import Turns
 from nnsight_core.values import map_tensors
 from nnsight_core.witness import Order, missing_operation, too_late_or_never
 
 
-class Interleaver:
+class Interleaver(Turns):
     """The turns of one pass.
 
     Args:
@@ -60,7 +54,6 @@ class Interleaver:
     event: Event | None = None
     #: Where ``stop`` was called, if it was.
     stopped_at: Site | None = None
-    _failure: BaseException | None = None
     _somebody_missed = False
     #: What runs in the coroutine now is a client's doing and not the model's.
     _is_aside = False
@@ -78,14 +71,9 @@ class Interleaver:
         root: torch.nn.Module | None = None,
         board: Callable[[Callable[[], Any], Deliver], HookBoard] = HookBoard,
     ) -> None:
-        self._forward = weakref.ref(forward)
+        super().__init__(forward)
         self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
-        self._body = getcurrent()
-        self._thread = threading.get_ident()
-        self._model_state = self._body_state = thread_state.snapshot()
-        forward.gr_context = contextvars.copy_context()
         self.hooks = board(self._forward, self._arrived)
-        self.plain_calls = PlainCalls()
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
         self._observers = Observers()
@@ -256,23 +244,6 @@ class Interleaver:
         """Whether what runs now is the business of whoever has ``rows`` of the batch."""
         return self._rows is None or rows is None or rows == self._rows
 
-    def hand_over(self) -> None:
-        """The model's side: let the body of the live trace have its turn, and come back when it asks for more."""
-        self._model_state = now = thread_state.snapshot()
-        guard = None
-        if now != self._body_state:
-            guard = thread_state.enter(self._body_state, now)
-        tracer = stack_keeper()
-        if tracer is not None:
-            calls_wait(tracer)
-        try:
-            self._body.switch()
-        finally:
-            if tracer is not None:
-                calls_go_on(tracer)
-            if guard is not None:
-                thread_state.leave(guard, self._model_state)
-
     def _step_begins(self) -> None:
         if not self._is_model_at_work():
             return
@@ -290,52 +261,6 @@ class Interleaver:
         except Exception as error:
             self._failure = error
             raise Unwind from error
-
-    # The body's side.
-
-    def give_turn(self, error: BaseException | None = None) -> bool:
-        """Let the model run until it hands over or ends; False if it had ended before."""
-        forward = self._forward()
-        if forward is None or forward.dead:
-            return False
-        self._body = body = getcurrent()
-        forward.parent = body
-        self.plain_calls.off()
-        self._body_state = now = thread_state.snapshot()
-        guard = None
-        if now != self._model_state:
-            guard = thread_state.enter(self._model_state, now)
-        try:
-            if error is None:
-                forward.switch()
-            else:
-                forward.throw(error)
-        finally:
-            ended = forward.dead
-            if guard is not None or ended:
-                thread_state.leave(guard, now)
-            if not ended:
-                self.plain_calls.on(body)
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            try:
-                raise failure
-            finally:
-                # Its traceback holds this frame.
-                del failure
-        return True
-
-    def check_thread(self) -> None:
-        """Raises:
-        WrongThreadError: this is not the thread that opened the trace.
-        """
-        if threading.get_ident() != self._thread:
-            raise WrongThreadError()
-
-    @property
-    def is_in_its_thread(self) -> bool:
-        """Whether this is the thread that opened the trace."""
-        return threading.get_ident() == self._thread
 
     def missing(self, client: Client, asked: Asked) -> NNsightError:
         """Why ``asked`` did not come: too late, or never."""
@@ -360,22 +285,6 @@ class Interleaver:
     def order(self, inside: torch.nn.Module | None = None) -> Order:
         """The order of modules, and of the operations in ``inside``, found by a dry run; and a doubt, if any."""
         return ([], "") if self._observe is None else self._observe(inside)
-
-    # What is needed to look inside a module that is half-way through its call.
-
-    def suspended_at(self) -> FrameType | None:
-        """Where the forward pass stands while the body has its turn."""
-        forward = self._forward()
-        return None if forward is None else forward.gr_frame
-
-    def put_under_model(self, mode: TorchFunctionMode) -> None:
-        """Let ``mode`` be on when the model has its turn again, beneath the modes that are on already."""
-        self._model_state = thread_state.with_function_mode(self._model_state, mode)
-
-    def fail(self, error: Exception) -> NoReturn:
-        """The model's side: end the pass with ``error``, which the model cannot catch."""
-        self._failure = error
-        raise Unwind from error
 
     def stop(self) -> None:
         """End the forward pass where it stands; values that have arrived stay."""

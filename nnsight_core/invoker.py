@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from nnsight_core.passes import Call
+from nnsight_core.call import Call
 from nnsight_core.values import first_argument
 
 

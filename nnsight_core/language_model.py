@@ -15,21 +15,15 @@ from transformers.utils.generic import TransformersKwargs
 
 from nnsight_core.arguments import unwrap
 from nnsight_core.batching import joined
+from nnsight_core.call import Call
 from nnsight_core.devices import input_device
 from nnsight_core.envoy import Envoy
-from nnsight_core.errors import (
-    EmptyPromptError,
-    InputError,
-    MissingInputError,
-    OptionError,
-    PaddingError,
-    PromptTooLongError,
-)
+from nnsight_core.errors import OptionError
+from nnsight_core.input_errors import EmptyPromptError, InputError, MissingInputError, PaddingError, PromptTooLongError
 from nnsight_core.loading import Checkpoint, LazyWeights, refuse_loading_options
 from nnsight_core.model import NNsight
 from nnsight_core.options import invoker_options, parameters_inside, refuse_options, without_old_options
 from nnsight_core.padding import counted_positions, way_to_pad
-from nnsight_core.passes import Call
 from nnsight_core.prompts import is_text, padded, token_rows, tokenizer_options
 from nnsight_core.renames import Rename
 from nnsight_core.tracer import Tracer

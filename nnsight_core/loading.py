@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from nnsight_core import thread_state
 from nnsight_core.error_text import nearest
-from nnsight_core.errors import InputError, MissingWeightsError, ModelNotFoundError
+from nnsight_core.input_errors import InputError, MissingWeightsError, ModelNotFoundError
 from nnsight_core.tree import Tree
 
 #: Which files to read, and how: of what a model is loaded with, what goes for its tokenizer and config as well.

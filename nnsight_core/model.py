@@ -10,19 +10,21 @@ import torch
 
 from nnsight_core.arguments import apply, unwrap
 from nnsight_core.batching import joined
+from nnsight_core.call import Call, Result
 from nnsight_core.current import open_trace
 from nnsight_core.editor import Editor, EditPart, EditSteps
 from nnsight_core.edits import Edits
-from nnsight_core.envoy import Envoy, annotations_of
-from nnsight_core.errors import InputError, MissingInputError, SessionError
+from nnsight_core.envoy import Envoy
+from nnsight_core.errors import SessionError
+from nnsight_core.input_errors import InputError, MissingInputError
 from nnsight_core.options import invoker_options, refuse_options, without_old_options
-from nnsight_core.passes import Call, Part, Result
+from nnsight_core.passes import Part
 from nnsight_core.renames import Rename, check_aliases, plan_renames
 from nnsight_core.scan import Scan
 from nnsight_core.session import Session
 from nnsight_core.steps import Steps
 from nnsight_core.tracer import Tracer
-from nnsight_core.tree import Names, Tree
+from nnsight_core.tree import Names, Tree, annotations_of
 from nnsight_core.values import NoTensorError, first_tensor
 
 T = TypeVar("T", bound=Tracer)

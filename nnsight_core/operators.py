@@ -12,6 +12,10 @@ _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "
 _IN_PLACE = frozenset({f"__i{name}__" for name in _BINARY} | {"__setitem__", "__delitem__"})
 # These end in an underscore and yet leave the numbers alone.
 _HARMLESS = frozenset({"requires_grad_", "share_memory_"})
+#: Methods of lists and dicts that change them.
+CONTAINER_CHANGES = frozenset("append clear extend insert pop popitem remove reverse setdefault sort update".split())
+#: Methods that turn a value into plain Python, for which it has to be there.
+LOOKS = frozenset({"item", "tolist", "numpy"})
 _NO_OPTIONS: Mapping[str, Any] = {}
 
 

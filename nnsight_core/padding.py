@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from nnsight_core.hooks import hookless_copy
+from nnsight_core.copies import hookless_copy
 from nnsight_core.values import NoTensorError, first_tensor
 
 #: How many tokens are tried, and how much padding before them.

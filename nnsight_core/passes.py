@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ import torch
 from nnsight_core.arguments import apply
 from nnsight_core.asked import Asked, View
 from nnsight_core.cache import Cache
+from nnsight_core.call import Call
 from nnsight_core.counting import CallCounter
 from nnsight_core.errors import RowsError, StepNotRunError
 from nnsight_core.events import Event, Origin
@@ -30,44 +30,6 @@ from nnsight_core.sites import Site, user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
 from nnsight_core.tree import Tree
 from nnsight_core.twin import Twin
-
-
-@dataclass(slots=True)
-class Call:
-    """A call of the model, ready to be made.
-
-    Args:
-        function: what is called, the module itself as a rule.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        padding: how many padding tokens stand left of each prompt, if the input is a batch of prompts.
-        prompt_length: the length of the padded prompts.
-        runs_repeatedly: the call may run the model several times, as generation does.
-        names: for keyword arguments that a script asks for by another name than the model's, that name.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    padding: Sequence[int] | None = None
-    prompt_length: int = 0
-    runs_repeatedly: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments by the names that a script asks for them."""
-        if not self.names:
-            return self.kwargs
-        return {self.names.get(name, name): value for name, value in self.kwargs.items()}
-
-
-class Result(torch.nn.Module):
-    """The last module of every pass: it is called with what the pass gives, and hands it on."""
-
-    def forward(self, result: Any) -> Any:
-        """The result itself."""
-        return result
 
 
 class TraceEdits(Protocol):

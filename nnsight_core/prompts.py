@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nnsight_core.errors import EmptyPromptError, InputError, OptionError
+from nnsight_core.errors import OptionError
+from nnsight_core.input_errors import EmptyPromptError, InputError
 
 #: Without the tokenizer's mask nobody could tell its padding from tokens.
 _MASK = {"return_attention_mask": True}

@@ -28,7 +28,7 @@ from nnsight_core.arguments import (
 )
 from nnsight_core.errors import RecordingError, ReleasedValueError
 from nnsight_core.events import Event, Origin
-from nnsight_core.operators import Operators, changes_in_place
+from nnsight_core.operators import CONTAINER_CHANGES, LOOKS, Operators, changes_in_place
 from nnsight_core.shapes import refuse_numbers
 from nnsight_core.sites import inside_autograd_function, user_site
 from nnsight_core.token_index import TokenIndex
@@ -36,12 +36,8 @@ from nnsight_core.values import own_copy, share_storage, with_attribute, with_en
 
 _set = object.__setattr__
 
-#: Methods that turn a value into plain Python, for which it has to be there.
-_LOOKS = frozenset({"item", "tolist", "numpy"})
 #: What a value is like rather than what it is; handed out plainly, so it has to be there.
 _DESCRIPTIONS = frozenset("shape dtype device layout ndim requires_grad is_leaf is_cuda itemsize nbytes".split())
-#: Methods of lists and dicts that change them.
-_CONTAINER_CHANGES = frozenset("append clear extend insert pop popitem remove reverse setdefault sort update".split())
 
 
 class Proxy(Operators, Appearance):
@@ -238,7 +234,7 @@ class Proxy(Operators, Appearance):
         if name == "backward" and self._scope.open:
             return self._scope.gradients.backward(self, args, kwargs)
         tape = pending_tape((self, args, kwargs))
-        if tape is not None and name not in _LOOKS and self._can_wait(tape, changes_in_place(name, kwargs)):
+        if tape is not None and name not in LOOKS and self._can_wait(tape, changes_in_place(name, kwargs)):
             return tape.record(call_method, self, name, *args, **kwargs)
         owner = self._plain()
         if name == "numpy":
@@ -253,7 +249,7 @@ class Proxy(Operators, Appearance):
         if not self._scope.open:
             result = getattr(owner, name)(*args, **kwargs)
             return met.scope.wrap(result) if met.scope else result
-        changes = changes_in_place(name, kwargs) or (isinstance(owner, (list, Mapping)) and name in _CONTAINER_CHANGES)
+        changes = changes_in_place(name, kwargs) or (isinstance(owner, (list, Mapping)) and name in CONTAINER_CHANGES)
         return self._done(lambda value: getattr(value, name)(*args, **kwargs), changes, met)
 
     def _done(self, operation: Callable[[Any], Any], changes: bool, met: Met) -> Any:

@@ -10,25 +10,24 @@ from typing import Any
 import torch
 
 from nnsight_core.arguments import apply
-from nnsight_core.batch_axes import BatchAxes
 from nnsight_core.cache import Cache, CacheOptions, Wanted, chosen_envoys
+from nnsight_core.call import Call
 from nnsight_core.current import OpenSession, closed, end_scope, open_session, opened
 from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
-from nnsight_core.errors import MissingInputError
+from nnsight_core.gathering import Combine, put_together
 from nnsight_core.gradients import Backwards
+from nnsight_core.input_errors import MissingInputError
 from nnsight_core.invoker import Invoker
 from nnsight_core.keeping import Keeper, save, write_line
-from nnsight_core.passes import Call, Part, Pass
-from nnsight_core.rows import rows_of
+from nnsight_core.passes import Part, Pass
 from nnsight_core.sites import user_frame, user_site
 from nnsight_core.steps import Steps
 from nnsight_core.tape import Tape
 from nnsight_core.twin import Twin
 
 Prepare = Callable[..., Call]
-Combine = Callable[["list[Call]"], "tuple[Call, list[int]]"]
 
 
 class Tracer:
@@ -121,22 +120,9 @@ class Tracer:
 
     def _start_pass(self, live: Part | None) -> None:
         parts, self._gathered = self._gathered, []
-        calls = [part.call for part in parts if part.call is not None]
-        if not calls:
-            raise MissingInputError(alone=True)
-        if len(calls) == 1:
-            batch = calls[0]
-            for part in parts:
-                part.place(None, batch)
-        else:
-            batch, sizes = self._combine(calls)
-            # With beams, one prompt makes any number of rows.
-            flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
-            axes = None if batch.runs_repeatedly else BatchAxes(self._root, batch.args, batch.kwargs, sizes)
-            rows = iter(rows_of(sizes, flattened, axes))
-            for part in parts:
-                part.place(None if part.call is None else next(rows), batch)
-        self._run(batch, parts, live)
+        # A dry run has no numbers by which the axes of the batch could be found out.
+        root = self._model._tree.root if self._twin is None else None
+        self._run(put_together(parts, self._combine, root), parts, live)
 
     def _run(self, batch: Call, parts: Sequence[Part], live: Part | None) -> None:
         self.forward_passes += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -142,3 +143,8 @@ class Tree:
         found.setdefault(self.root, None)
         found.pop(module, None)
         return tuple(found)
+
+
+def annotations_of(kind: type) -> set[str]:
+    """The attributes that a class and its bases declare."""
+    return {name for each in kind.__mro__ for name in inspect.get_annotations(each)}

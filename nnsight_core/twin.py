@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nnsight_core.copies import hookless_copy
+from nnsight_core.counting import CallCounter
 from nnsight_core.devices import homes, resident_hooks
 from nnsight_core.errors import CopyError
-from nnsight_core.hooks import HookBoard, hookless_copy
+from nnsight_core.hooks import HookBoard
 from nnsight_core.operations import Tap
 from nnsight_core.shapes import ShapesOnly
 from nnsight_core.sites import user_site
@@ -111,6 +113,9 @@ class _TwinBoard(HookBoard):
 
     def tap_inside(self, module: torch.nn.Module, *about: Any) -> Tap:
         return super().tap_inside(self._twin.of(module), *about)
+
+    def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
+        super().count(self._twin.of(module), counter, counts)
 
     def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
         super().follow(self._twin.of(module), begins)

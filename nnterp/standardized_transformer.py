@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nnsight_core.call import Call
 from nnsight_core.devices import has_numbers
 from nnsight_core.envoy import Envoy
-from nnsight_core.errors import ModelNotFoundError, RemoteError
+from nnsight_core.errors import RemoteError
+from nnsight_core.input_errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel
 from nnsight_core.loading import Checkpoint
-from nnsight_core.passes import Call
 from nnsight_core.scope import Scope
 from nnsight_core.tree import NO_NAMES
 from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write

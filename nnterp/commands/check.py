@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from nnsight_core.errors import ModelNotFoundError, NNsightError
+from nnsight_core.errors import NNsightError
+from nnsight_core.input_errors import ModelNotFoundError
 from nnterp.commands.terminal import add_remote_code, model_name, write
 from nnterp.contract import Verdict, run_contract
 from nnterp.errors import NnterpError

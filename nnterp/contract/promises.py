@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nnsight_core.errors import InputError
-from nnsight_core.hooks import hooked
+from nnsight_core.copies import hooked
+from nnsight_core.input_errors import InputError
 from nnterp.accessors import Place, logits_of, read, write
 from nnterp.contract.subject import ACCESSES, Broken, CannotTell, Subject, difference
 

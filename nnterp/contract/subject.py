@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nnsight_core.hooks import hooked
+from nnsight_core.copies import hooked
 from nnterp.accessors import Place, ValueAccess, logits_of
 from nnterp.calling import some_tokens
 from nnterp.contract.oracle import Spot, Visiting, changed_run, plain_run, visiting

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from nnsight_core.errors import EmptyPromptError, InputError, RemoteError
+from nnsight_core.errors import RemoteError
+from nnsight_core.input_errors import EmptyPromptError, InputError
 from nnterp.errors import TopCountError
 
 if TYPE_CHECKING:

@@ -12,12 +12,8 @@ from torch import nn
 
 import nnsight_core
 from nnsight_core import NNsight, OutOfOrderError, RecordingError
-from nnsight_core.errors import (
-    InputError,
-    MissingInputError,
-    NoTraceError,
-    ReleasedValueError,
-)
+from nnsight_core.errors import NoTraceError, ReleasedValueError
+from nnsight_core.input_errors import InputError, MissingInputError
 from tests.core.test_gradients import Straight
 
 A = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)

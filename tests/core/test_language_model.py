@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nnsight_core import EmptyPromptError, LanguageModel, ModelNotFoundError, PromptTooLongError
-from nnsight_core.errors import InputError
+from nnsight_core.input_errors import InputError
 from tests.families import tiny_model
 
 FAMILIES = ["gpt2", "llama", "opt", "gemma2"]

@@ -24,7 +24,8 @@ from nnsight_core import (
     ReleasedValueError,
     TraceStoppedError,
 )
-from nnsight_core.errors import MissingInputError, NNsightError
+from nnsight_core.errors import NNsightError
+from nnsight_core.input_errors import MissingInputError
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 HERE = Path(__file__).name

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from nnsight_core import LanguageModel
-from nnsight_core.errors import InputError
+from nnsight_core.input_errors import InputError
 from nnterp import StandardizedTransformer
 from tests.families import tiny_model
 

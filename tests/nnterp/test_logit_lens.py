@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nnsight_core.errors import EmptyPromptError, InputError, PromptTooLongError, RemoteError
+from nnsight_core.errors import RemoteError
+from nnsight_core.input_errors import EmptyPromptError, InputError, PromptTooLongError
 from nnterp import StandardizedTransformer
 from nnterp.errors import TopCountError
 from nnterp.interventions import lens_tokens, logit_lens

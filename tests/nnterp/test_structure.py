@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnsight_core.errors import InputError
+from nnsight_core.input_errors import InputError
 from nnterp import RenameConfig, StandardizedTransformer
 from nnterp.errors import CannotError, ModulePathError, UnknownArchitectureError
 from nnterp.inference import infer_spec, infer_yaml
