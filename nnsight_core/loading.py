@@ -105,8 +105,12 @@ class Checkpoint:
             dtype = torch.get_default_dtype()
         # Without a word, and with "auto", it is the config that says what the weights are.
         given = {} if dtype in (None, "auto") else {"dtype": dtype}
-        chosen = ("attn_implementation", "experts_implementation", "trust_remote_code", "code_revision")
-        return config, {**given, **{name: options[name] for name in chosen if name in options}}
+        given |= {name: options[name] for name in ("attn_implementation", "experts_implementation") if name in options}
+        if hasattr(self._automodel, "from_config"):
+            # The config has used these up, and a class that looks for the model's own takes them as well.
+            code = ("trust_remote_code", "code_revision")
+            given |= {name: self._options[name] for name in code if name in self._options}
+        return config, given
 
     def load(self) -> PreTrainedModel:
         """The model, in evaluation mode.

@@ -218,7 +218,7 @@ OPENED: dict[str, tuple[Ask, type[Exception], str]] = {
     "a wrapper's option": (lambda m, s: NNsight(s._module, renames={}), TypeError, "renames"),
     "a loaded model's option": (lambda m, s: LanguageModel(m._module, devicemap="x"), TypeError, "devicemap"),
     "a loading option": (
-        lambda m, s: LanguageModel(demo_model_path("demo-gpt2"), devicemap="x"),
+        lambda m, s: LanguageModel(demo_model_path("demo-gpt2"), devicemap="x", dispatch=True),
         TypeError,
         "devicemap",
     ),
