@@ -9,16 +9,7 @@ from typing import Any
 import torch
 
 from nnsight_core.gates import Gate
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+from nnsight_core.hooks import HOOK_DICTS
 
 
 def hooked(root: torch.nn.Module) -> list[str]:
@@ -26,7 +17,7 @@ def hooked(root: torch.nn.Module) -> list[str]:
     return [
         path
         for path, module in root.named_modules()
-        if "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
+        if "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOK_DICTS)
     ]
 
 
@@ -40,7 +31,7 @@ def hookless_copy(root: torch.nn.Module, known: dict[int, Any], but_own: bool = 
     with Gate.lock:
         for module in root.modules():
             own = _own_keys(module, root) if but_own else set()
-            for hooks in (module.__dict__[name] for name in _HOOKS if module.__dict__.get(name) is not None):
+            for hooks in (module.__dict__[name] for name in HOOK_DICTS if module.__dict__.get(name) is not None):
                 known[id(hooks)] = empty = type(hooks)()
                 left.append((empty, {key: hook for key, hook in hooks.items() if key in own}))
             gate = module.__dict__.get("forward")
@@ -61,7 +52,7 @@ def hookless_copy(root: torch.nn.Module, known: dict[int, Any], but_own: bool = 
 
 def _own_keys(module: torch.nn.Module, root: torch.nn.Module) -> set[Any]:
     """The keys of the hooks on ``module`` that come from its own library; torch gives each key once."""
-    hooks = [each for name in _HOOKS for each in (module.__dict__.get(name) or {}).items()]
+    hooks = [each for name in HOOK_DICTS for each in (module.__dict__.get(name) or {}).items()]
     return {key for key, hook in hooks if _is_own(hook, module, root)}
 
 

@@ -27,6 +27,17 @@ from nnsight_core.operations import Tap, is_operation
 from nnsight_core.taps import Deliver, Taps
 from nnsight_core.values import map_tensors
 
+#: Where torch keeps the hooks of a module.
+HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> None:
     """A hook that does nothing: its presence alone lets later hooks of a running module fire."""

@@ -114,6 +114,11 @@ class NNsight(Envoy):
             raise TypeError(f"edit() takes a name, not {type(name).__name__}: it runs nothing, so it needs no input.")
         return Editor(self._itself if inplace else self._twin, name, inplace, return_context)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies or writes a model wants it with its weights.
+        self._tree.load()
+        return self.__dict__
+
     def _itself(self) -> NNsight:
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -116,10 +115,20 @@ class Tree:
 
     def twin(self) -> Tree:
         """The same modules under the same names, with edits of their own from here on."""
-        twin = copy.copy(self)
-        twin.aliases = dict(self.aliases)
+        twin = object.__new__(Tree)
+        twin.__dict__.update(self.__dict__, aliases=dict(self.aliases))
         self._trees.add(twin)
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has weights, so that nobody has to be found again, and is a model of its own.
+        return {name: value for name, value in self.__dict__.items() if name not in self._weak()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, **self._weak())
+
+    def _weak(self) -> dict[str, Any]:
+        return {"envoys": WeakSet(), "open_parts": WeakSet(), "_trees": WeakSet([self]), "_loaded": WeakKeyDictionary()}
 
     def forget(self) -> None:
         """The tree has changed: work out anew who calls whom."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -314,3 +316,16 @@ def test_a_model_that_cannot_be_built_without_its_weights(
     model = LanguageModel(folder)
     assert model.dispatched
     assert torch.equal(traced(model), logits)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_without_weights_has_them(
+    make: Callable[[LanguageModel], LanguageModel], folder: Path, logits: torch.Tensor
+) -> None:
+    model = LanguageModel(folder)
+    other = make(model)
+    assert model.dispatched and other.dispatched
+    assert torch.equal(traced(other), logits)
+    with model.edit() as edited:
+        edited.lm_head.output[:] = 0
+    assert torch.equal(traced(other), logits) and not traced(edited).any()
