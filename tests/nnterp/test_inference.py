@@ -22,13 +22,9 @@ from tests.matrix.models import MODEL_TYPES, tiny_model
 
 #: What inference says otherwise than the file, and why.
 DIFFERENT = {
-    "afmoe": "The numbers show that the embeddings are multiplied by sqrt(hidden_size), which the file leaves out.",
     "blt": "Of its three stacks the larger, over patches, is taken for the layers.",
     "cpmant": "The head is given the tokens' positions alone, and no module cuts off those before them.",
     "ctrl": "The dropout between a part and the stream is named too; the file stops at the part.",
-    "deepseek_v2": "The heads are as wide as the values that they give; the file says what the rotary part has.",
-    "falcon": "One key-value head was seen, as `multi_query` asks for; the file reads a key that then means nothing.",
-    "gpt_bigcode": "One key-value head was seen, as `multi_query` asks for; the file has as many as there are heads.",
     "longcat_flash": "Five parts add to the stream: more than are looked for in a sum.",
     "qwen4_exp": "Several streams side by side, mixed by modules that are no norms.",
     "qwen4_exp_text": "Several streams side by side, mixed by modules that are no norms.",
