@@ -50,7 +50,7 @@ class Envoy:
         self._names = dict(tree.aliases.get(path, NO_NAMES))
         self._children = {}
         if tree.unloaded is not None and not self._is_result:
-            tree.envoys.add(self)
+            tree.add(self)
 
     # Going down the tree.
 

@@ -56,12 +56,15 @@ class Part:
     def __init__(
         self, tree: Tree, call: Call | None, backwards: Backwards, twin: Twin | None = None, in_steps: bool = False
     ) -> None:
-        self.root = tree.root
+        self._tree = tree
         self._in_steps = in_steps
         self.call = call
         self.twin = twin
         if twin is not None:
-            tree.open_parts.add(self)
+            with tree.lock:
+                tree.open_parts.add(self)
+                # The model may have been loaded since its twin was made.
+                twin.follow(tree.root)
         self.scope = Scope()
         self.scope.gradient_tape = backwards.tape
         self._batch = call
@@ -142,9 +145,13 @@ class Part:
             self.counters = {**(self.counters or {}), asked.module: counter}
         return counter
 
+    @property
+    def root(self) -> torch.nn.Module:
+        """The model, which may be loaded in the middle of a dry run."""
+        return self._tree.root
+
     def follow(self, root: torch.nn.Module) -> None:
-        """The model has been loaded in the middle of a dry run."""
-        self.root = root
+        """The model is being loaded in the middle of a dry run, as ``root``."""
         if self.twin is not None:
             self.twin.follow(root)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -53,6 +54,8 @@ class Tree:
         self.unloaded: Unloaded | None = None
         #: The device that weights which are not loaded will come to; None where nobody knows.
         self.home: torch.device | None = None
+        #: Held while modules are exchanged, and by whoever is to be told of it.
+        self.lock = threading.RLock()
         #: The envoys that there are of a model that is not loaded, and the open parts of its edits and dry runs.
         self.envoys: WeakSet[Any] = WeakSet()
         self.open_parts: WeakSet[Any] = WeakSet()
@@ -71,20 +74,31 @@ class Tree:
     def adopt(self, root: torch.nn.Module) -> None:
         """Let all envoys, those that the user holds too, speak of the modules of ``root`` at their paths."""
         loaded = dict(root.named_modules(remove_duplicate=False))
+        with self.lock:
+            self._exchange(root, loaded)
+
+    def _exchange(self, root: torch.nn.Module, loaded: dict[str, torch.nn.Module]) -> None:
         for path, module in self.root.named_modules(remove_duplicate=False):
             if loaded.get(path, module) is not module:
                 self._loaded[module] = loaded[path]
-        self.forget()
+        # First of all, for other threads may be in the middle of a dry run, and ask by way of either module.
+        for part in list(self.open_parts):
+            part.follow(root)
         for envoy in list(self.envoys):
             # A module that is not there does not run any more, which whoever asks for its values will be told.
             envoy._module = loaded.get(envoy._path, envoy._module)
         for tree in list(self._trees):
             tree.root = root
             tree.written_over = frozenset(self.now(each) for each in tree.written_over)
+            tree.forget()
             for edit in tree.edits:
                 edit.root = root
-        for part in list(self.open_parts):
-            part.follow(root)
+
+    def add(self, envoy: Any) -> None:
+        """Note an envoy of a model that is not loaded, which may be being loaded now."""
+        with self.lock:
+            self.envoys.add(envoy)
+            envoy._module = self.now(envoy._module)
 
     def all_loaded(self) -> None:
         """The weights are there, for edited models too."""
@@ -122,13 +136,14 @@ class Tree:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has weights, so that nobody has to be found again, and is a model of its own.
-        return {name: value for name, value in self.__dict__.items() if name not in self._weak()}
+        return {name: value for name, value in self.__dict__.items() if name not in self._of_its_own()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, **self._weak())
+        self.__dict__.update(state, **self._of_its_own())
 
-    def _weak(self) -> dict[str, Any]:
-        return {"envoys": WeakSet(), "open_parts": WeakSet(), "_trees": WeakSet([self]), "_loaded": WeakKeyDictionary()}
+    def _of_its_own(self) -> dict[str, Any]:
+        weak = {"envoys": WeakSet(), "open_parts": WeakSet(), "_trees": WeakSet([self]), "_loaded": WeakKeyDictionary()}
+        return {**weak, "lock": threading.RLock()}
 
     def forget(self) -> None:
         """The tree has changed: work out anew who calls whom."""

@@ -6,8 +6,9 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_modules_that_were_put_in_before_are_kept(folder: Path) -> None:
     assert model._module.transformer.config.use_cache is True
 
 
+@pytest.fixture(params=range(6))
+def restless_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads take turns after a millionth of a second, so that they meet each other anywhere."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless_threads")
 def test_threads_that_need_it_at_once_load_it_once(folder: Path, loads: list[str], logits: torch.Tensor) -> None:
     model = LanguageModel(folder)
     first = model.transformer.h[0]
