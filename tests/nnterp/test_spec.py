@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nnterp.conditions import config_value
@@ -408,12 +408,18 @@ def _part(part: Part) -> dict[str, str]:
     return {name: paths[0] for name, paths in dataclasses.asdict(part).items() if paths}
 
 
+#: How long an example takes says how busy the machine is, and nothing of what is tested.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@unhurried
 @given(documents(), st.booleans())
 def test_what_is_written_is_what_is_read(document: dict[str, Any], flow: bool) -> None:
     text = yaml.safe_dump(document, default_flow_style=flow, sort_keys=False)
     assert plain(parse_spec(text, "drawn.yaml")) == document
 
 
+@unhurried
 @given(documents())
 def test_every_value_stands_on_the_line_that_is_reported(document: dict[str, Any]) -> None:
     text = yaml.safe_dump(document, default_flow_style=False, sort_keys=False)
@@ -425,6 +431,7 @@ def test_every_value_stands_on_the_line_that_is_reported(document: dict[str, Any
             assert rows[spec.line_of(f"layer.{kind}.{name}") - 1].strip() == f"{name}: {path}"
 
 
+@unhurried
 @given(documents(), st.data())
 def test_a_misspelt_key_is_named_with_its_line(document: dict[str, Any], data: st.DataObject) -> None:
     section = data.draw(st.sampled_from(["modules", "layer", "dimensions"]))
