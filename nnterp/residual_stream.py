@@ -1,8 +1,8 @@
-"""Changing the residual stream: steering, and skipping layers."""
+"""Changing the residual stream: steering, ablating a direction, and skipping layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from nnsight_core.arguments import apply, unwrap
 from nnsight_core.values import own_copy
 from nnterp.accessors import read, write
-from nnterp.errors import PositionError, SteeringVectorError
+from nnterp.errors import PositionError, SteeringVectorError, UsageError
 
 if TYPE_CHECKING:
     from nnsight_core.scope import Scope
@@ -58,15 +58,62 @@ class ResidualStream:
             PositionError: a position or a row is not there.
             LayerIndexError: the model has no such layer.
         """
-        self._spec.refuse("steer", "steer(...)")
-        if positions is not None and token_positions is not None:
-            raise PositionError("steer() takes positions or token_positions, not both: they count differently.")
         where = (positions, token_positions, batch_index)
-        scope = self.open_scope("steer")  # type: ignore[attr-defined]
+        self._change("steer", layers, where, _added, (steering_vector, factor))
+
+    def ablate_direction(
+        self,
+        layers: int | Sequence[int],
+        direction: Any,
+        positions: int | Sequence[int] | torch.Tensor | None = None,
+        token_positions: int | Sequence[int] | torch.Tensor | None = None,
+        batch_index: int | Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Take ``direction`` out of the output of one or more layers: ``h - (h . d) d``, where d has the length 1.
+
+        The method is from Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction".
+
+        >>> from nnterp import StandardizedTransformer
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> direction = torch.ones(model.hidden_size)
+        >>> with model.trace("The Eiffel Tower is in the city of"):
+        ...     model.ablate_direction(layers=3, direction=direction)
+        ...     along = (model.layers_output[3] @ direction).abs().max().save()
+        >>> bool(along < 1e-4)
+        True
+
+        Args:
+            layers: the layers after which to ablate, as for :meth:`steer`.
+            direction: of shape (hidden), of any length but 0.
+            positions: as for :meth:`steer`.
+            token_positions: as for :meth:`steer`.
+            batch_index: as for :meth:`steer`.
+
+        Raises:
+            SteeringVectorError: the direction does not fit the model.
+            UsageError: the direction is zero.
+            PositionError: a position or a row is not there.
+            LayerIndexError: the model has no such layer.
+        """
+        where = (positions, token_positions, batch_index)
+        self._change("ablate_direction", layers, where, _without, (direction,))
+
+    def _change(
+        self,
+        name: str,
+        layers: int | Sequence[int],
+        where: tuple[Any, Any, Any],
+        change: Callable[..., torch.Tensor],
+        given: tuple[Any, ...],
+    ) -> None:
+        self._spec.refuse("steer", f"{name}(...)")
+        if where[0] is not None and where[1] is not None:
+            raise PositionError(f"{name}() takes positions or token_positions, not both: they count differently.")
+        scope = self.open_scope(name)  # type: ignore[attr-defined]
         wanted = [layers] if isinstance(layers, int) else list(layers)
         for layer in sorted({self.layers_output.position(each) for each in wanted}):
             hidden = self.layers_output[layer]
-            self.layers_output[layer] = apply(_steered, hidden, steering_vector, factor, scope, where)
+            self.layers_output[layer] = apply(_changed, hidden, change, given, scope, where)
 
     def skip_layer(self, layer: int, skip_with: Any = None) -> None:
         """Let layer ``layer`` change nothing: its output is its own input, or ``skip_with``, (batch, position, hidden).
@@ -106,22 +153,40 @@ class ResidualStream:
             write(root, self.layers_output.as_it_is(layer), apply(own_copy, stream))
 
 
-def _steered(
-    hidden: torch.Tensor, vector: Any, factor: float, scope: Scope, where: tuple[Any, Any, Any]
+def _changed(
+    hidden: torch.Tensor,
+    change: Callable[..., torch.Tensor],
+    given: tuple[Any, ...],
+    scope: Scope,
+    where: tuple[Any, Any, Any],
 ) -> torch.Tensor:
-    # Of two axes, the first might be meant for prompts or for positions: that is for the user to say.
-    size = hidden.shape[-1]
-    if not isinstance(vector, torch.Tensor) or vector.ndim not in (1, 3) or vector.shape[-1] != size:
-        raise SteeringVectorError(vector, (size,))
     rows, columns = _chosen(hidden, scope, *where)
     new = hidden.clone()
-    part = new[rows, columns]
+    new[rows, columns] = change(new[rows, columns], *given)
+    return new
+
+
+def _added(part: torch.Tensor, vector: Any, factor: float) -> torch.Tensor:
+    # Of two axes, the first might be meant for prompts or for positions: that is for the user to say.
+    size = part.shape[-1]
+    if not isinstance(vector, torch.Tensor) or vector.ndim not in (1, 3) or vector.shape[-1] != size:
+        raise SteeringVectorError(vector, (size,))
     try:
-        added = (factor * vector).to(device=new.device, dtype=new.dtype).expand(part.shape)
+        return part + (factor * vector).to(device=part.device, dtype=part.dtype).expand(part.shape)
     except RuntimeError:
         raise SteeringVectorError(vector, tuple(part.shape)) from None
-    new[rows, columns] = part + added
-    return new
+
+
+def _without(part: torch.Tensor, direction: Any) -> torch.Tensor:
+    size = part.shape[-1]
+    if not isinstance(direction, torch.Tensor) or direction.shape != (size,):
+        raise SteeringVectorError(direction, (size,))
+    if not direction.any():
+        raise UsageError("The direction is zero everywhere, so it points nowhere and nothing can be taken out along it.")
+    # In float32, for half a precision more would be left along the direction than was there of noise.
+    unit = torch.nn.functional.normalize(direction.to(device=part.device, dtype=torch.float32), dim=0)
+    exact = part.float()
+    return (exact - (exact @ unit)[..., None] * unit).to(part.dtype)
 
 
 def _indices(given: Any, length: int, what: str, device: torch.device) -> torch.Tensor:
