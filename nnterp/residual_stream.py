@@ -182,7 +182,7 @@ def _without(part: torch.Tensor, direction: Any) -> torch.Tensor:
     if not isinstance(direction, torch.Tensor) or direction.shape != (size,):
         raise SteeringVectorError(direction, (size,))
     if not direction.any():
-        raise UsageError("The direction is zero everywhere, so it points nowhere and nothing can be taken out along it.")
+        raise UsageError("The direction is zero everywhere, so it points nowhere: there is nothing to take out.")
     # In float32, for half a precision more would be left along the direction than was there of noise.
     unit = torch.nn.functional.normalize(direction.to(device=part.device, dtype=torch.float32), dim=0)
     exact = part.float()
