@@ -238,5 +238,5 @@ def _bar(name: str, is_long: bool) -> Any:
 
 def _principal(differences: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """For each layer the direction along which the pairs differ most, (layer, hidden), from (layer, pair, hidden)."""
-    main = torch.linalg.svd(differences, full_matrices=False).Vh[:, 0]
+    main: torch.Tensor = torch.linalg.svd(differences, full_matrices=False).Vh[:, 0]
     return main * (main * means).sum(-1, keepdim=True)
