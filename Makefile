@@ -28,7 +28,7 @@ HAS_TOOLS := $(VENV)/.has-tools
 .DELETE_ON_ERROR:
 # One job after the other: `make -j` would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help demo test check format models clean
+.PHONY: help demo test check format site models clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -60,6 +60,10 @@ check: $(HAS_TOOLS) ## Lint, formatting and types; runs no test
 format: $(HAS_TOOLS) ## Format the code and mend what ruff can mend
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
+
+site: $(HAS_TOOLS) ## Build the documentation into out/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open $(OUT)/site/index.html in a browser"
 
 models: $(HAS_PACKAGE) ## Train the shipped demo models again
 	@OMP_NUM_THREADS=2 $(PY) -m nnterp.demo_models.train

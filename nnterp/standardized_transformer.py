@@ -63,8 +63,9 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
             opened by its structure, which one forward pass shows (`nnterp spec MODEL` prints what was found).
         tokenizer: the tokenizer; needed for text when ``model`` is an object.
         dispatch: another name for ``allow_dispatch``, which it overrides.
-        enable_attention_probs, check_attn_probs_with_trace, allow_multimodal: accepted for scripts that set them;
-            nothing has to be enabled or allowed.
+        enable_attention_probs: accepted for scripts that set it; nothing has to be enabled.
+        check_attn_probs_with_trace: likewise.
+        allow_multimodal: accepted for scripts that set it; nothing has to be allowed.
         kwargs: as for :class:`~nnsight_core.LanguageModel`: ``device_map``, ``dtype``, ``revision``, ...
 
     Raises:
