@@ -39,6 +39,7 @@ TOP_LEVEL = frozenset(
         "benchmarks",
         "docs",
         "examples",
+        "mkdocs.yml",
         "nnsight_core",
         "nnterp",
         "pyproject.toml",
