@@ -25,6 +25,7 @@ NnterpError
     +-- ShapeError              a value of the wrong shape for its place
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
+    +-- PromptPairError         prompts that are to be compared token by token, and do not match
     +-- TopCountError           more of the most probable tokens than there are, or none
 """
 
@@ -48,6 +49,7 @@ __all__ = [
     "ModulePathError",
     "NnterpError",
     "PositionError",
+    "PromptPairError",
     "RenamingError",
     "ShapeError",
     "SpecError",
@@ -348,6 +350,17 @@ class SteeringVectorError(UsageError, ValueError):
 
 class PositionError(UsageError, IndexError):
     """A position or a prompt that is not there."""
+
+
+class PromptPairError(UsageError, ValueError):
+    """Prompts that are to be compared token by token differ in number, or in their number of tokens."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(
+            f"{fact}\n"
+            "Values are put from one run into the same position of another, so all prompts need the same number of "
+            "tokens, and each clean prompt its corrupted one. Put words in the place of others that are as many tokens."
+        )
 
 
 class TopCountError(UsageError, ValueError):

@@ -1,6 +1,20 @@
 """Methods that read a model's inner states or change them, one method a file."""
 
+from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.logit_lens import LensResult, lens_tokens, logit_lens
+from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
 from nnterp.interventions.steering import SteeringVector
 
-__all__ = ["LensResult", "lens_tokens", "logit_lens", "SteeringVector"]
+__all__ = [
+    "activation_patching",
+    "kl_divergence",
+    "lens_tokens",
+    "LensResult",
+    "logit_difference",
+    "logit_lens",
+    "loss",
+    "Metric",
+    "PatchingResult",
+    "probability",
+    "SteeringVector",
+]
