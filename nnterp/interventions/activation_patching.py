@@ -35,7 +35,7 @@ from nnterp.interventions.sweep import SweepResult, base_metric, filled, sweep
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["activation_patching", "DEFAULT_SITES", "PatchingResult"]
+__all__ = ["activation_patching", "DEFAULT_SITES", "PatchingResult", "unpatched"]
 
 DEFAULT_SITES = ("layers_output", "attentions_output", "mlps_output")
 
@@ -126,13 +126,25 @@ def activation_patching(
     clean_ids, corrupted_ids = prompt_pair(model, clean, corrupted)
     kinds, wanted = chosen_kinds(model, sites), chosen_layers(model, layers)
     places = chosen_positions(clean_ids.shape[1], positions)
-    lost = base_metric(model, clean_ids, metric), base_metric(model, corrupted_ids, metric)
-    values, axes = {}, {}
+    result = unpatched(model, clean_ids, corrupted_ids, metric, wanted, places)
     for kind in kinds:
         sources = activations(model, clean_ids, kind, wanted)
-        axes[kind] = axes_of(kind, each_position)
-        entries, shape = sites_of(kind, sources, wanted, places, axes[kind])
+        axes = axes_of(kind, each_position)
+        entries, shape = sites_of(kind, sources, wanted, places, axes)
         found = sweep(model, corrupted_ids, metric, kind, entries, sources, batch_size)
-        values[kind] = filled(found, entries, shape)
+        result = result.having(kind, filled(found, entries, shape), axes)
+    return result
+
+
+def unpatched(
+    model: StandardizedTransformer,
+    clean_ids: torch.Tensor,
+    corrupted_ids: torch.Tensor,
+    metric: Metric,
+    layers: tuple[int, ...],
+    positions: tuple[int, ...],
+) -> PatchingResult:
+    """A result that has the two metrics, and no sites yet; the prompts are token ids, (prompt, position)."""
+    corrupted, clean = (base_metric(model, ids, metric) for ids in (corrupted_ids, clean_ids))
     tokens = token_texts(model, corrupted_ids), token_texts(model, clean_ids)
-    return PatchingResult(values, axes, lost[1], wanted, places, tokens[0], lost[0], tokens[1])
+    return PatchingResult({}, {}, corrupted, layers, positions, tokens[0], clean, tokens[1])

@@ -7,7 +7,7 @@ depend on the other rows, so a batch gives what as many single passes would.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,8 @@ from nnterp.interventions.metrics import Metric, measured
 from nnterp.interventions.sites import Site
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["base_metric", "batches", "filled", "sweep", "SweepResult"]
@@ -51,6 +53,10 @@ class SweepResult:
     def effect(self, kind: str) -> torch.Tensor:
         """How much the metric changed, mean over the prompts: (layer, position) or as ``axes`` says."""
         return self[kind] - self.before.mean()
+
+    def having(self, kind: str, values: torch.Tensor, axes: tuple[str, ...]) -> Self:
+        """The same with one more kind of site."""
+        return replace(self, values={**self.values, kind: values}, axes={**self.axes, kind: axes})
 
     def _of(self, kind: str) -> torch.Tensor:
         if kind not in self.values:
