@@ -4,9 +4,12 @@ from nnterp.interventions.activation_patching import PatchingResult, activation_
 from nnterp.interventions.logit_lens import LensResult, lens_tokens, logit_lens
 from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
 from nnterp.interventions.steering import SteeringVector
+from nnterp.interventions.token_attribution import gradient_x_input, integrated_gradients
 
 __all__ = [
     "activation_patching",
+    "gradient_x_input",
+    "integrated_gradients",
     "kl_divergence",
     "lens_tokens",
     "LensResult",
