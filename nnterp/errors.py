@@ -23,6 +23,7 @@ NnterpError
     +-- MissingPartError        a part that the layer has not
     +-- CannotError             what cannot be had of this family of models
     +-- ShapeError              a value of the wrong shape for its place
+    +-- StackShapeError         a stack of contributions that does not fit the residual stream
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
     +-- PromptPairError         prompts that are to be compared token by token, and do not match
@@ -55,6 +56,7 @@ __all__ = [
     "SpecError",
     "SpecSyntaxError",
     "SpecValueError",
+    "StackShapeError",
     "SteeringVectorError",
     "TopCountError",
     "UnknownArchitectureError",
@@ -332,6 +334,18 @@ class ShapeError(UsageError, ValueError):
         super().__init__(
             f"{place} was set to a value {got}, but what stands there is of shape {tuple(wanted.shape)}.\n"
             "Give a tensor of that shape (expand it if every prompt or position is to get the same), or a number."
+        )
+
+
+class StackShapeError(UsageError, ValueError):
+    """A stack of contributions that does not fit the residual stream."""
+
+    def __init__(self, given: Any, wanted: Sequence[int]) -> None:
+        got = f"of shape {tuple(given.shape)}" if hasattr(given, "shape") else f"a {type(given).__name__}"
+        super().__init__(
+            f"The stack is {got}, but the residual stream of this pass is {tuple(wanted)}.\n"
+            f"Give a tensor of shape (..., {', '.join(map(str, wanted))}): all prompts and positions, in any number of "
+            "contributions. For some positions, give `stream` at these positions, too."
         )
 
 

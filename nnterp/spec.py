@@ -257,7 +257,7 @@ VARYING: tuple[str, ...] = (
 #: What is promised of every family, by the names that `cannot` uses.
 PROMISES: tuple[str, ...] = (
     *("layers", "attentions", "mlps", "mixers", "token_embeddings", "logits"),
-    *("chain", "contributions", "project_on_vocab"),
+    *("chain", "contributions", "project_on_vocab", "final_norm", "norm_scales", "unembedding_directions"),
     *("steer", "skip", "generate", "cache", "gradients", "padding", "invokes"),
 )
 

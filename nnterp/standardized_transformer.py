@@ -24,6 +24,7 @@ from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
 from nnterp.naming import name_modules, serving_spec
+from nnterp.norms import Norms
 from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
 from nnterp.spec_layer import KINDS
@@ -31,7 +32,7 @@ from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
-class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
+class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
     """Any causal language model under standard names.
 
     >>> from nnterp import StandardizedTransformer
@@ -47,7 +48,9 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
     Values, read and set, of shape (batch, position, hidden) unless said: ``token_embeddings``,
     ``layers_input[i]``, ``layers_output[i]``, ``attentions_input[i]``, ``attentions_output[i]``, ``mlps_input[i]``,
     ``mlps_output[i]``, ``logits`` (batch, position, vocab). ``mixers_input[i]`` and ``mixers_output[i]`` are there for
-    every layer: its attention, or what it has instead, such as a state-space mixer.
+    every layer: its attention, or what it has instead, such as a state-space mixer. ``ln_final_scale``,
+    ``mixers_norm_scale[i]``, ``attentions_norm_scale[i]`` and ``mlps_norm_scale[i]``, (batch, position, 1), are what
+    norms divide by.
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -182,6 +185,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Vocabulary):
         self._add_accessor("attentions", tuple(each.part("attention") for each in layers), shape)
         self._add_accessor("mixers", tuple(each.mixer for each in layers), shape)
         self._add_accessor("mlps", tuple(each.part("mlp") for each in layers), shape)
+        self._add_norms(Envoy(self._module, "", self._tree), shape)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

@@ -55,6 +55,7 @@ ORDER = (
     "nnterp/inference/errors.py",
     "nnterp/validation.py",
     "nnterp/attention.py",
+    "nnterp/norms.py",
     "nnterp/residual_stream.py",
     "nnterp/vocabulary.py",
     "nnterp/token_text.py",

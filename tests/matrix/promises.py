@@ -16,7 +16,7 @@ import torch
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
-from tests.matrix import hooks
+from tests.matrix import hooks, norms
 from tests.matrix.models import Case
 
 #: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
@@ -359,4 +359,5 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     "gradients": gradients,
     "padding": padding,
     "invokes": invokes,
+    **norms.PROMISES,
 }

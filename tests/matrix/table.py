@@ -21,6 +21,7 @@ import torch
 from nnterp.architectures import load_specs
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
+from tests.matrix import norms
 from tests.matrix.models import HERE, MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -98,6 +99,8 @@ def outcome(case: Case) -> tuple[dict[str, str], list[str]]:
 
 
 def _has(case: Case, name: str) -> bool:
+    if name in norms.PRESENT:
+        return norms.PRESENT[name](case)
     part = {"attentions": "attn", "mlps": "mlp"}.get(name)
     return part is None or any(each[part] for each in case.facts["parts"])
 
@@ -127,6 +130,9 @@ HEADINGS = {
     "gradients": "grad",
     "padding": "pad",
     "invokes": "batch",
+    "final_norm": "final norm",
+    "norm_scales": "scales",
+    "unembedding_directions": "directions",
 }
 SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
 
@@ -154,6 +160,9 @@ asked for raises an error that gives it.
 | grad | the gradient of a layer's output is the one that plain autograd gives |
 | pad | prompts of several lengths in one batch give what each gives alone |
 | batch | of several invokes in one pass each reads and changes what is its own |
+| final norm | `apply_ln_to_stack` of parts adds up to what the norm gives, and is its derivative where scales rest |
+| scales | `mlps_norm_scale` and its kin are what norms divide by; what is set gives the logits that hooks give |
+| directions | what the final norm gives, times `unembedding_directions`, makes the logits |
 
 In all of them, the model afterwards is what it was, to the bit, and no hook is left on it.
 
