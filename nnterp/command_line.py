@@ -2,6 +2,7 @@
 
     nnterp lens "The Eiffel Tower is in the city of"                       # a table of the logit lens
     nnterp lens "The capital of Japan is" --model gpt2 --html lens.html    # and a heat map to open in a browser
+    nnterp steer "I think" --toward "I love it" --away "I hate it"          # how it goes on when it is steered
     nnterp spec ./my-model                                                 # what the model is made of, as YAML
     nnterp check ./my-model                                                # does every promise hold on it?
 
