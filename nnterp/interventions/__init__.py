@@ -1,13 +1,19 @@
 """Methods that read a model's inner states or change them, one method a file."""
 
+from nnterp.interventions.ablation import ablation
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
+from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.logit_lens import LensResult, lens_tokens, logit_lens
 from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
+from nnterp.interventions.path_patching import path_patching
 from nnterp.interventions.steering import SteeringVector
+from nnterp.interventions.sweep import SweepResult
 from nnterp.interventions.token_attribution import gradient_x_input, integrated_gradients
 
 __all__ = [
+    "ablation",
     "activation_patching",
+    "attribution_patching",
     "gradient_x_input",
     "integrated_gradients",
     "kl_divergence",
@@ -18,6 +24,8 @@ __all__ = [
     "loss",
     "Metric",
     "PatchingResult",
+    "path_patching",
     "probability",
     "SteeringVector",
+    "SweepResult",
 ]
