@@ -79,8 +79,7 @@ def ablation(
         batch_size: how many rows go through the model at once.
 
     Returns:
-        For each kind of site the metric, (prompt, layer); with ``each_position`` (prompt, layer, position). NaN where a
-        layer has no such part.
+        For each kind of site the metric, (prompt, layer); with ``each_position`` (prompt, layer, position).
 
     Raises:
         UsageError: the method is unknown, or needs reference prompts, or has no use for them.

@@ -76,8 +76,7 @@ def attribution_patching(
             evenly spread on the way to the clean embeddings (midpoints).
 
     Returns:
-        For each kind of site the metric that the patch is estimated to give, (prompt, layer, position) as in
-        activation patching; NaN where a layer has no such part.
+        The metric that each patch is estimated to give, (prompt, layer, position); NaN where a layer has no such part.
 
     Raises:
         PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError: as for activation patching.

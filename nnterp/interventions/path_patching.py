@@ -77,9 +77,8 @@ def path_patching(
     >>> model = StandardizedTransformer("demo-gpt2")
     >>> clean = "John and Mary went to the store. John handed the milk to"
     >>> corrupted = "John and Mary went to the store. Mary handed the milk to"
-    >>> metric = logit_difference(model, " Mary", " John")
-    >>> result = path_patching(model, clean, corrupted, metric, receivers=[("attentions_input", 4)])
-    >>> bool(result.recovered("mlps_output")[5].abs().max() < 1e-5)     # layer 5 comes after the receiver
+    >>> result = path_patching(model, clean, corrupted, logit_difference(model, " Mary", " John"))
+    >>> result["mlps_output"].shape == (model.num_layers, len(result.tokens))
     True
 
     Args:
@@ -88,9 +87,8 @@ def path_patching(
         corrupted: the prompts that are run, as there.
         metric: from logits (prompt, position, vocab) to (prompt).
         senders: ``attentions_output`` (or ``mixers_output``), ``mlps_output``.
-        receivers: kinds of sites with a layer each, all patched together at all positions: ``attentions_input``,
-            ``mlps_input``, ``layers_output``, ... The last layer's output, the default, is the direct path to the
-            logits.
+        receivers: some of :data:`RECEIVERS`, a layer each, all patched together at all positions. The last layer's
+            output, the default, is the direct path to the logits.
         layers: the senders' layers; all if None.
         positions: the senders' positions; all if None.
         each_position: send from each position by itself, or from all of ``positions`` together; by itself if None.
@@ -106,22 +104,25 @@ def path_patching(
         PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError: as for activation patching.
     """
     ids, corrupted_ids = prompt_pair(model, clean, corrupted)
-    kinds, wanted = chosen_kinds(model, senders), chosen_layers(model, layers)
-    if not set(kinds) <= set(SENDERS):
-        raise UsageError(f"senders={senders!r}: what adds to the residual stream is one of {', '.join(SENDERS)}.")
+    kinds, wanted = _senders(model, senders), chosen_layers(model, layers)
     places, ends = chosen_positions(ids.shape[1], positions), _receivers(model, receivers)
     result = unpatched(model, ids, corrupted_ids, metric, wanted, places)
     for kind in kinds:
         paths = _Paths(model, corrupted_ids, kind, ends, freeze_mlps)
-        sources = activations(model, ids, kind, wanted)
-        axes = axes_of(kind, each_position)
+        sources, axes = activations(model, ids, kind, wanted), axes_of(kind, each_position)
         entries, shape = sites_of(kind, sources, wanted, places, axes)
-        found = []
+        found: list[torch.Tensor] = []
         for part in batches(entries, len(ids), batch_size, kind):
-            taken = paths.taken(part, sources)
-            found.extend(paths.measured(taken, metric))
+            found.extend(paths.measured(paths.taken(part, sources), metric))
         result = result.having(kind, filled(torch.stack(found, 1), entries, shape), axes)
     return result
+
+
+def _senders(model: StandardizedTransformer, given: str | Sequence[str]) -> tuple[str, ...]:
+    kinds = chosen_kinds(model, given)
+    if not set(kinds) <= set(SENDERS):
+        raise UsageError(f"senders={given!r}: what adds to the residual stream is one of {', '.join(SENDERS)}.")
+    return kinds
 
 
 def _receivers(model: StandardizedTransformer, given: Sequence[Receiver]) -> dict[tuple[str, int], list[int] | None]:
