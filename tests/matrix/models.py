@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nnterp import StandardizedTransformer
 from tests.matrix import hooks
@@ -29,19 +31,31 @@ HERE = Path(__file__).parent
 ACCESSORS = {"attentions": "attn", "mixers": "mixer", "mlps": "mlp"}
 
 
-@lru_cache(maxsize=2)
+@lru_cache
 def read_json(name: str) -> dict[str, Any]:
     """One of the data files beside this one."""
     found: dict[str, Any] = json.loads((HERE / name).read_text(encoding="utf-8"))
     return found
 
 
-MODEL_TYPES = tuple(read_json("configs.json"))
+#: What is otherwise in transformers 4: configurations, modules, what cannot hold there, and what is left out.
+OLDER: dict[str, dict[str, Any]] = read_json("older.json") if transformers.__version__.startswith("4.") else {}
+#: The types of the matrix that this transformers knows.
+MODEL_TYPES = tuple(
+    name
+    for name in read_json("configs.json")
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "left_out" not in OLDER.get(name, {})
+)
+
+
+def _older(model_type: str, what: str) -> dict[str, Any]:
+    found: dict[str, Any] = OLDER.get(model_type, {}).get(what, {})
+    return found
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     """A tiny configuration; ``overrides`` replace single values."""
-    values = copy.deepcopy(read_json("configs.json")[model_type]) | overrides
+    values = copy.deepcopy(read_json("configs.json")[model_type] | _older(model_type, "config")) | overrides
     config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     return config
 
@@ -70,7 +84,9 @@ class Case:
     def __init__(self, model_type: str, **overrides: Any) -> None:
         self.model_type = model_type
         self.module = tiny_model(model_type, **overrides)
-        self.facts: dict[str, Any] = copy.deepcopy(read_json("modules.json")[model_type])
+        self.facts: dict[str, Any] = copy.deepcopy(read_json("modules.json")[model_type] | _older(model_type, "modules"))
+        #: What the model's own code does not let hold, in this transformers alone.
+        self.cannot = _older(model_type, "cannot")
         generator = torch.Generator().manual_seed(1)
         #: Token ids of shape (batch, position); none is a special one.
         self.ids = torch.randint(5, 320, (2, 12), generator=generator)
