@@ -145,6 +145,11 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.name, **{**shared, **options})
         except (OSError, ValueError, KeyError):
             return None
+        except ImportError as error:
+            # transformers 4 trips over the names of files that are not there, and then misses a library as well.
+            if not isinstance(error.__context__, (AttributeError, TypeError)):
+                raise
+            return None
         # For a folder without one, transformers may make up a tokenizer that knows special tokens alone.
         return tokenizer if len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids) else None
 

@@ -3,19 +3,25 @@
 when: {do_layer_norm_before: false}                        # this value
 when: {model_kind: [small, medium]}                        # one of these values
 when: {word_embed_proj_dim: {differs_from: hidden_size}}   # two values of the config, both set, differ
+when: {transformers: 4}                                    # the first number of the installed transformers
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
 import yaml
 
 from nnterp.spec_reader import Place, key, read_name, section
 
-__all__ = ["Condition", "config_value", "read_conditions"]
+__all__ = ["Condition", "config_value", "major_version", "read_conditions"]
+
+#: What a condition says instead of a config key where the installed transformers decides.
+VERSION = "transformers"
 
 
 def config_value(config: Mapping[str, Any] | Any, key: str) -> Any:
@@ -35,9 +41,15 @@ def config_value(config: Mapping[str, Any] | Any, key: str) -> Any:
     return value
 
 
+@lru_cache
+def major_version() -> int:
+    """The first number of the installed transformers' version: what a family's code does may change with it."""
+    return int(version("transformers").partition(".")[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One entry of a variant's `when`: a config key and what has to be so about its value."""
+    """One entry of a variant's `when`: a config key, or `transformers`, and what has to be so about its value."""
 
     key: str
     one_of: tuple[Any, ...] = ()
@@ -45,7 +57,7 @@ class Condition:
 
     def holds(self, config: Mapping[str, Any] | Any) -> bool:
         """Whether the config is as the condition says; a missing key counts as null."""
-        value = config_value(config, self.key)
+        value = major_version() if self.key == VERSION else config_value(config, self.key)
         if self.differs_from is not None:
             other = config_value(config, self.differs_from)
             return value is not None and other is not None and bool(value != other)

@@ -18,7 +18,7 @@ from tests.families import FAMILY_VARIANTS, IDS, tiny_model
 def test_every_promise_holds_and_nothing_is_left_changed(model_type: str, overrides: dict[str, Any]) -> None:
     module = tiny_model(model_type, **overrides)
     module.train()
-    module.get_submodule("lm_head").eval()
+    module.get_output_embeddings().eval()
     modes = {name: each.training for name, each in module.named_modules()}
     state = torch.random.get_rng_state()
     StandardizedTransformer(module)
