@@ -84,7 +84,8 @@ class Case:
     def __init__(self, model_type: str, **overrides: Any) -> None:
         self.model_type = model_type
         self.module = tiny_model(model_type, **overrides)
-        self.facts: dict[str, Any] = copy.deepcopy(read_json("modules.json")[model_type] | _older(model_type, "modules"))
+        facts: dict[str, Any] = read_json("modules.json")[model_type] | _older(model_type, "modules")
+        self.facts = copy.deepcopy(facts)
         #: What the model's own code does not let hold, in this transformers alone.
         self.cannot = _older(model_type, "cannot")
         generator = torch.Generator().manual_seed(1)
