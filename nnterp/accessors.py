@@ -108,6 +108,17 @@ class Place:
     shape: StreamShape = StreamShape()
 
 
+def multiplied(place: Place, factor: float) -> Place:
+    """The same place, whose value is ``factor`` times what stands there."""
+    if factor == 1:
+        return place
+    return replace(
+        place,
+        get=lambda value: place.get(value) * factor,
+        put=lambda value, new: place.put(value, new / factor),
+    )
+
+
 def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = None) -> Any:
     """The value at ``place`` as a proxy; what is written into the proxy reaches the model."""
 

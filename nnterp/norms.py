@@ -302,6 +302,18 @@ class Norms:
         Raises:
             CannotError: the way from the final norm to the logits is not linear.
         """
+        return self._unembedding(tokens)[0]
+
+    def unembedding_bias(self, tokens: Any) -> torch.Tensor:
+        """What the unembedding gives for each token whatever the final norm's output is: the shape of ``tokens``.
+
+        Raises:
+            CannotError: the way from the final norm to the logits is not linear.
+        """
+        return self._unembedding(tokens)[1]
+
+    def _unembedding(self, tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Directions (..., hidden) and biases (...)."""
         self._spec.refuse("unembedding_directions", "unembedding_directions(...)")
         ids = torch.as_tensor(getattr(tokens, "value", tokens))
         path = self._plan.modules["ln_final"]
@@ -323,7 +335,8 @@ class Norms:
             reason = "the way from the final norm to the logits is not linear"
             reason += f": along one line the logits bend by {apart:.3g}."
             raise CannotError("unembedding_directions(...)", reason, self._spec.where("unembed"))
-        return found.detach().reshape(*ids.shape, self.hidden_size)
+        bias = chosen[0].detach() - (at * found).sum(-1)[:, 0].detach()
+        return found.detach().reshape(*ids.shape, self.hidden_size), bias.reshape(ids.shape).to(found.dtype)
 
 
 def _logits(modules: list[Any], at: torch.Tensor, ids: torch.Tensor, factor: float) -> torch.Tensor:

@@ -18,7 +18,17 @@ from nnsight_core.language_model import LanguageModel
 from nnsight_core.loading import Checkpoint
 from nnsight_core.scope import Scope
 from nnsight_core.tree import NO_NAMES
-from nnterp.accessors import ModuleAccess, Place, StreamShape, ValueAccess, logits_of, read, with_logits, write
+from nnterp.accessors import (
+    ModuleAccess,
+    Place,
+    StreamShape,
+    ValueAccess,
+    logits_of,
+    multiplied,
+    read,
+    with_logits,
+    write,
+)
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -92,10 +102,13 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
     layers_output: ValueAccess
     attentions_input: ValueAccess
     attentions_output: ValueAccess
+    attentions_contribution: ValueAccess
     mixers_input: ValueAccess
     mixers_output: ValueAccess
+    mixers_contribution: ValueAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
+    mlps_contribution: ValueAccess
 
     def __init__(
         self,
@@ -203,8 +216,26 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
             )
             setattr(self, f"{name}_{kind}", ValueAccess(root, f"{name}_{kind}", places, reasons, shape))
         if name != "layers":
+            self._add_contributions(root, name, parts, shape)
             modules = tuple(part.module if part else None for part in parts)
             setattr(self, name, ModuleAccess(root, name, modules, reasons))
+
+    def _add_contributions(
+        self, root: Envoy, name: str, parts: tuple[PartPlan | None, ...], shape: StreamShape
+    ) -> None:
+        """What each part adds to the residual stream, which need not be what it gives: it may be normed or scaled."""
+        reasons = tuple(self._why_not(name, index) for index in range(len(parts)))
+        if "contributions" in self._spec.cannot:
+            parts, reasons = (None,) * len(parts), (self._spec.cannot["contributions"],) * len(parts)
+        kind = f"{name}_contribution"
+        places = tuple(
+            self._contribution_place(part, f"{kind}[{index}]") if part else None for index, part in enumerate(parts)
+        )
+        setattr(self, kind, ValueAccess(root, kind, places, reasons, shape))
+
+    def _contribution_place(self, part: PartPlan, label: str) -> Place:
+        factor = 1.0 if part.multiplier is None else part.multiplier.value(config_of(self._module))
+        return multiplied(Place(part.contribution, "output", label, shape=self._shape("parts")), factor)
 
     def _why_not(self, name: str, index: int) -> str:
         """Why a layer has no such part, or none that can be read."""

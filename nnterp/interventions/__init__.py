@@ -3,6 +3,7 @@
 from nnterp.interventions.ablation import ablation
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
+from nnterp.interventions.logit_attribution import LogitAttribution, logit_attribution
 from nnterp.interventions.logit_lens import LensResult, lens_tokens, logit_lens
 from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
 from nnterp.interventions.path_patching import path_patching
@@ -19,8 +20,10 @@ __all__ = [
     "kl_divergence",
     "lens_tokens",
     "LensResult",
+    "logit_attribution",
     "logit_difference",
     "logit_lens",
+    "LogitAttribution",
     "loss",
     "Metric",
     "PatchingResult",
