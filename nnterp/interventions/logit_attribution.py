@@ -129,6 +129,9 @@ def _contributions(
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Names, contributions through the final norm, (part, prompt, hidden), and the norm's bias, (hidden); float64."""
     names, stack, end, norm = (_by_part if by == "part" else _by_layer)(model, prompts)
+    if any(each.ndim != 3 for each in (*stack, end)):
+        reason = f"its residual stream is of shape {tuple(end.shape)}, not (batch, position, hidden)."
+        raise CannotError("logit_attribution(...)", reason, model._spec.where("stream"))
     stack = [each.double() for each in stack]
     _check(model, sum(stack), end.double(), end.dtype)
     whole = torch.stack(stack).cpu()

@@ -83,6 +83,9 @@ def test_what_is_no_sum_says_so() -> None:
     bert = StandardizedTransformer(tiny_model("bert", is_decoder=True), tokenizer=byte_tokenizer())
     with pytest.raises(CannotError):
         logit_attribution(bert, "some text", 7)
+    streams = StandardizedTransformer(tiny_model("hy_v4"), tokenizer=byte_tokenizer())
+    with pytest.raises(CannotError, match="residual stream is of shape"):
+        logit_attribution(streams, "some text", 7, by="layer")
     mamba = StandardizedTransformer(tiny_model("mamba"), tokenizer=byte_tokenizer())
     with pytest.raises(MissingPartError, match="attentions_contribution"), mamba.trace("some text"):
         mamba.attentions_contribution[0]
