@@ -7,14 +7,19 @@ get_rename_dict(RenameConfig(attn_name="mixer"))["mixer"]       # 'self_attn'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
 
+from nnsight_core.sites import user_site
+from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.architectures import load_specs
 from nnterp.dimensions import USER_KEYS
-from nnterp.errors import DimensionError, RenamingError
+from nnterp.errors import DimensionError, RenamingError, ValidationError
 from nnterp.naming import name_modules
 from nnterp.rename import LAYER_NAMES, RenameConfig
 from nnterp.rename_plan import as_list
@@ -22,12 +27,18 @@ from nnterp.spec import ROLES
 
 __all__ = [
     "AttnProbFunction",
+    "check_io",
+    "default_attn_head_config_keys",
+    "default_hidden_size_config_keys",
+    "default_vocab_size_config_keys",
     "expand_path_with_model",
     "get_hidden_size",
     "get_ignores",
     "get_num_attention_heads",
     "get_rename_dict",
     "get_vocab_size",
+    "IOType",
+    "LayerAccessor",
     "RenameConfig",
     "RenamingError",
     "text_config",
@@ -151,3 +162,132 @@ def get_ignores(model: Any, rename_config: RenameConfig | None = None) -> list[s
     """The parts that a model's layers lack: some of "attention" and "mlp"."""
     made = name_modules(getattr(model, "_module", model), None, rename_config).plan
     return [kind for kind in LAYER_NAMES if not any(layer.part(kind) for layer in made.layers)]
+
+
+def default_attn_head_config_keys() -> list[str]:
+    """The config keys under which the specifications look for the number of heads, the most usual first."""
+    return _config_keys("num_heads")
+
+
+def default_hidden_size_config_keys() -> list[str]:
+    """The config keys under which the specifications look for the width of the stream, the most usual first.
+
+    >>> default_hidden_size_config_keys()[0]
+    'hidden_size'
+    """
+    return _config_keys("hidden_size")
+
+
+def default_vocab_size_config_keys() -> list[str]:
+    """The config keys under which the specifications look for the number of tokens, the most usual first."""
+    return _config_keys("vocab_size")
+
+
+def _config_keys(dimension: str) -> list[str]:
+    keys = (key for spec in load_specs().values() for key in getattr(spec.dimensions, dimension))
+    return [key for key, _ in Counter(key for key in keys if not key.isdecimal()).most_common()]
+
+
+class IOType(Enum):
+    """Which side of a module is meant."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+class LayerAccessor:
+    """One module of each layer, or what it takes or gives, by the layer's index.
+
+        downs = LayerAccessor(model, "mlp.down_proj", IOType.INPUT)
+        with model.trace("The Eiffel Tower"):
+            downs[3] *= 0                                # read and set, tensor or tuple
+
+    Where the value has a standard name (`layers_output`, `mlps_input`, ...) it is the same value, of shape
+    (batch, position, hidden); elsewhere it is the first tensor that the module takes or gives, with its own axes.
+
+    Args:
+        model: a `StandardizedTransformer`.
+        attr_name: the module's name in its layer, standard or the model's own; None: the layer itself.
+        io_type: the module's input or output; None: the module.
+    """
+
+    def __init__(self, model: Any, attr_name: str | None, io_type: IOType | None) -> None:
+        self.model = model
+        self.attr_name = attr_name
+        self.io_type = io_type
+        self._is_tuple: bool | None = None
+
+    def get_module(self, layer: int) -> Any:
+        """The module in one layer. Raises `UnknownNameError` where the layer has none of that name."""
+        return self.model.get(self._path(layer))
+
+    def __getitem__(self, layer: int) -> Any:
+        """The value in one layer, in a trace; without an `io_type` the module."""
+        return (
+            self.get_module(layer) if self.io_type is None else read(self.model, self._place(layer), site=user_site())
+        )
+
+    __call__ = __getitem__
+
+    def __setitem__(self, layer: int, value: Any) -> None:
+        """Puts another tensor in the value's place. Raises `TypeError` without an `io_type`: a module is not set."""
+        if self.io_type is None:
+            raise TypeError("Without an io_type this gives modules, which are not set: say IOType.INPUT or OUTPUT.")
+        write(self.model, self._place(layer), value)
+
+    @property
+    def returns_tuple(self) -> bool | None:
+        """Whether the module hands on a tuple; None as long as nothing was read. Reading and setting do not need it."""
+        return self._is_tuple
+
+    def _path(self, layer: int) -> str:
+        path: str = self.model._plan.layers[self.model.layers_output.position(layer)].path
+        found: str = self.model._plan.resolve(f"{path}.{self.attr_name}" if self.attr_name else path)
+        return found
+
+    def _place(self, layer: int) -> Place:
+        assert self.io_type is not None
+        path, kind = self._path(layer), self.io_type.value
+        place = Place(path, kind, f"{self.attr_name or 'layers'}_{kind}[{layer}]")
+        for name in ("layers", "attentions", "mixers", "mlps"):
+            access: ValueAccess = getattr(self.model, f"{name}_{kind}")
+            if access.has(layer) and access.place(layer).path == path:
+                place = access.place(layer)
+        if self.io_type is IOType.INPUT:
+            return place
+        return replace(place, get=self._noting(place.get))
+
+    def _noting(self, get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def noted(value: Any) -> Any:
+            self._is_tuple = isinstance(value, tuple)
+            return get(value)
+
+        return noted
+
+
+def check_io(std_model: Any, model_name: str, ignores: Collection[str] = ()) -> None:
+    """Checks that layers, attentions and MLPs take and give what they should, in one small pass.
+
+    Args:
+        std_model: a `StandardizedTransformer`.
+        model_name: what errors call the model.
+        ignores: parts that are not looked at: "attention", "mlp".
+
+    Raises:
+        ValidationError: a value has another shape than its name promises.
+    """
+    ignored = {kind for part in ignores for kind in IO_KINDS.get(part, ())}
+    wanted = {
+        "token_embeddings",
+        "layers",
+        "logits",
+        *(each for kinds in IO_KINDS.values() for each in kinds),
+    } - ignored
+    for row in std_model._promised():
+        wrong = row.disagreement() if row.kind in wanted else None
+        if wrong is not None:
+            raise ValidationError(row.origin, row.promise, wrong, model_name)
+
+
+#: Which values belong to a part that may be ignored.
+IO_KINDS = {"attention": ("attentions", "mixers"), "mlp": ("mlps",)}

@@ -24,7 +24,6 @@ from tests.matrix.models import MODEL_TYPES, tiny_model
 DIFFERENT = {
     "blt": "Of its three stacks the larger, over patches, is taken for the layers.",
     "cpmant": "The head is given the tokens' positions alone, and no module cuts off those before them.",
-    "ctrl": "The dropout between a part and the stream is named too; the file stops at the part.",
     "longcat_flash": "Five parts add to the stream: more than are looked for in a sum.",
     "qwen4_exp": "Several streams side by side, mixed by modules that are no norms.",
     "qwen4_exp_text": "Several streams side by side, mixed by modules that are no norms.",
