@@ -23,6 +23,7 @@ NnterpError
     +-- MissingPartError        a part that the layer has not
     +-- CannotError             what cannot be had of this family of models
     +-- ShapeError              a value of the wrong shape for its place
+    +-- RoutingError            experts that are not called with a routing
     +-- StackShapeError         a stack of contributions that does not fit the residual stream
     +-- SteeringVectorError     a vector that does not fit the residual stream
     +-- PositionError           a position or a prompt that is not there
@@ -52,6 +53,7 @@ __all__ = [
     "PositionError",
     "PromptPairError",
     "RenamingError",
+    "RoutingError",
     "ShapeError",
     "SpecError",
     "SpecSyntaxError",
@@ -334,6 +336,17 @@ class ShapeError(UsageError, ValueError):
         super().__init__(
             f"{place} was set to a value {got}, but what stands there is of shape {tuple(wanted.shape)}.\n"
             "Give a tensor of that shape (expand it if every prompt or position is to get the same), or a number."
+        )
+
+
+class RoutingError(UsageError):
+    """Experts that are not called with whole numbers and their weights."""
+
+    def __init__(self, seen: Sequence[Any]) -> None:
+        super().__init__(
+            f"No routing is to be found among what the experts are called with, {listed(map(str, seen))}.\n"
+            "A routing is whole numbers (tokens, k) and weights of the same shape. Name the operations of the router "
+            "that make them in a specification of your own, as `layer.expert_indices` and `layer.expert_weights`."
         )
 
 

@@ -11,6 +11,7 @@ Strings in, strings out: nothing here knows torch, so all of it can be tested wi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 from nnterp.dimensions import Dimensions, dimensions
@@ -135,7 +136,12 @@ class _Finder:
             more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
             parts += [each for each in more if each.contribution not in contributions]
         is_whole, self._is_whole = self._is_whole, True
-        return LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path), is_whole)
+        made = LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path), is_whole=is_whole)
+        if made.router is None:
+            return made
+        beside = join(made.router.rpartition(".")[0], "experts")
+        experts = self._first(spec.experts, path) or (beside if beside in self.paths else None)
+        return dataclasses.replace(made, experts=experts, router_logits=self._first(spec.router_logits, path))
 
     def check_user_layer_names(self, layers: tuple[LayerPlan, ...]) -> None:
         """A name of the user's for a layer part must occur in a layer at least once."""

@@ -85,6 +85,9 @@ class LayerPlan:
     output: str
     parts: tuple[PartPlan, ...]
     router: str | None = None
+    #: The module of all experts, and that which gives the router's logits, if it is one of its own.
+    experts: str | None = None
+    router_logits: str | None = None
     #: Whether all parts of the specification are among `parts`: the user may have said to leave some out.
     is_whole: bool = True
 

@@ -10,7 +10,7 @@ import yaml
 
 from nnterp.errors import MissingKeyError
 from nnterp.multipliers import Multiplier, read_multiplier
-from nnterp.spec_reader import Place, key, read_path_choice, read_path_or_null, section
+from nnterp.spec_reader import Place, key, read_name, read_path_choice, read_path_or_null, section
 
 __all__ = ["KINDS", "Layer", "Part"]
 
@@ -70,6 +70,13 @@ class Layer:
     input: tuple[str, ...] = key(read_path_choice, "the path of a layer's first module", ())
     output: tuple[str, ...] = key(read_path_choice, "the path of a layer's last module", ())
     router: tuple[str, ...] = key(read_path_choice, "the module that chooses experts", ())
+    #: Beside the router, if nothing else is said.
+    experts: tuple[str, ...] = key(read_path_choice, "the module of all experts", ())
+    #: Empty: the first linear map that the router itself calls.
+    router_logits: tuple[str, ...] = key(read_path_choice, "the module that gives the router's logits", ())
+    #: Operations of the router; empty: the experts are called with both.
+    expert_indices: str = key(read_name, "the router's operation that gives the experts of each token", "")
+    expert_weights: str = key(read_name, "the router's operation that gives the weights of experts", "")
 
     def mixers(self) -> dict[str, Part]:
         """The parts that move things between positions, by kind."""

@@ -33,6 +33,7 @@ from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
+from nnterp.experts import Experts
 from nnterp.naming import name_modules, serving_spec
 from nnterp.norms import Norms
 from nnterp.rename import PartPlan, RenameConfig
@@ -42,7 +43,7 @@ from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
-class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
+class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Vocabulary):
     """Any causal language model under standard names.
 
     >>> from nnterp import StandardizedTransformer
@@ -60,7 +61,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
     ``mlps_output[i]``, ``logits`` (batch, position, vocab). ``mixers_input[i]`` and ``mixers_output[i]`` are there for
     every layer: its attention, or what it has instead, such as a state-space mixer. ``ln_final_scale``,
     ``mixers_norm_scale[i]``, ``attentions_norm_scale[i]`` and ``mlps_norm_scale[i]``, (batch, position, 1), are what
-    norms divide by.
+    norms divide by. Where a layer routes: ``router_logits[i]``, ``expert_indices[i]``, ``expert_weights[i]`` and
+    ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -198,7 +200,9 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Norms, Vocabulary):
         self._add_accessor("attentions", tuple(each.part("attention") for each in layers), shape)
         self._add_accessor("mixers", tuple(each.mixer for each in layers), shape)
         self._add_accessor("mlps", tuple(each.part("mlp") for each in layers), shape)
-        self._add_norms(Envoy(self._module, "", self._tree), shape)
+        root = Envoy(self._module, "", self._tree)
+        self._add_norms(root, shape)
+        self._add_experts(root)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

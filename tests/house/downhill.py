@@ -56,6 +56,7 @@ ORDER = (
     "nnterp/validation.py",
     "nnterp/attention.py",
     "nnterp/norms.py",
+    "nnterp/experts.py",
     "nnterp/residual_stream.py",
     "nnterp/vocabulary.py",
     "nnterp/token_text.py",

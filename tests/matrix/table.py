@@ -21,7 +21,7 @@ import torch
 from nnterp.architectures import load_specs
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
-from tests.matrix import norms
+from tests.matrix import experts, norms
 from tests.matrix.models import HERE, MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -107,8 +107,9 @@ def _said(case: Case, promise: str) -> str:
 
 
 def _has(case: Case, name: str) -> bool:
-    if name in norms.PRESENT:
-        return norms.PRESENT[name](case)
+    present = {**norms.PRESENT, **experts.PRESENT}
+    if name in present:
+        return present[name](case)
     part = {"attentions": "attn", "mlps": "mlp"}.get(name)
     return part is None or any(each[part] for each in case.facts["parts"])
 
@@ -141,6 +142,10 @@ HEADINGS = {
     "final_norm": "final norm",
     "norm_scales": "scales",
     "unembedding_directions": "directions",
+    "router_logits": "router",
+    "expert_indices": "indices",
+    "expert_weights": "weights",
+    "experts_output": "experts",
 }
 SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
 
@@ -171,6 +176,8 @@ asked for raises an error that gives it.
 | final norm | `apply_ln_to_stack` of parts adds up to what the norm gives, and is its derivative where scales rest |
 | scales | `mlps_norm_scale` and its kin are what norms divide by; what is set gives the logits that hooks give |
 | directions | what the final norm gives, times `unembedding_directions`, makes the logits |
+| router, indices, | `router_logits`, `expert_indices`, `expert_weights` and `experts_output` read what hooks on both |
+| weights, experts | modules read, each input its own rows; what is set gives the logits that hooks give |
 
 In all of them, the model afterwards is what it was, to the bit, and no hook is left on it.
 
