@@ -23,6 +23,8 @@ ORDER = (
     "nnterp/contract/subject.py",
     "nnterp/contract/oracle.py",
     "nnterp/__init__.py",
+    "nnterp/pictures/__init__.py",
+    "nnterp/pictures/*.py",
     "nnterp/lens_page.py",
     "nnterp/lens_table.py",
     "nnterp/interventions/__init__.py",

@@ -1,0 +1,131 @@
+"""``nnterp patch``: which values of a clean run bring back what a corrupted run has lost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nnterp.commands.terminal import DEFAULT_MODEL, add_model, encoding, model_name, write
+from nnterp.errors import UsageError
+from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, activation_patching
+from nnterp.interventions.attribution_patching import attribution_patching
+from nnterp.interventions.metrics import logit_difference
+from nnterp.interventions.sites import HEADS, STREAMS
+from nnterp.lens_table import cells, visible
+from nnterp.pictures.patching import plot_patching
+from nnterp.standardized_transformer import StandardizedTransformer
+
+__all__ = ["add_patch"]
+
+EXAMPLES = f"""\
+examples:
+  nnterp patch "John and Mary went to the store. John handed the milk to" \\
+               "John and Mary went to the store. Mary handed the milk to" --answers " Mary" " John"
+  nnterp patch "The Eiffel Tower is in the city of" "The Big Tower is in the city of" --answers " Paris" " London"
+  nnterp patch CLEAN CORRUPTED --answers A B --sites attentions_output mlps_output --html patching.html
+  nnterp patch CLEAN CORRUPTED --answers A B --estimate 8 --json | jq .recovered
+
+The metric is the logit of the first answer minus that of the second, each one token, spaces included. Both prompts
+need the same number of tokens. Without --model it reads {DEFAULT_MODEL}: nothing is downloaded."""
+
+
+def add_patch(commands: Any) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "patch",
+        help="which values of a clean run bring back what a corrupted run has lost",
+        description="Activation patching: run the corrupted prompt with one value at a time as in the clean run.\n"
+        "Shows how much of the metric each layer and position recovers: 0 as corrupted, 1 as clean.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("clean", metavar="CLEAN", help="the prompt whose values are put in")
+    parser.add_argument("corrupted", metavar="CORRUPTED", help="the prompt that is run")
+    parser.add_argument(
+        "--answers", metavar="TOKEN", nargs=2, required=True, help="the token for the clean prompt, and the other one"
+    )
+    parser.add_argument(
+        "--sites",
+        metavar="NAME",
+        nargs="+",
+        choices=(*STREAMS, *HEADS),
+        default=DEFAULT_SITES,
+        help=f"of {', '.join((*STREAMS, *HEADS))} (default: {' '.join(DEFAULT_SITES)})",
+    )
+    parser.add_argument(
+        "--estimate", metavar="STEPS", type=int, help="estimate all patches from so many gradients instead"
+    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw the maps, in a file to open in a browser")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    add_model(parser)
+    parser.set_defaults(run=_patch)
+
+
+def _patch(arguments: argparse.Namespace) -> None:
+    page: Path | None = arguments.html
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise UsageError(f"The maps cannot be written to '{page}': give --html a file in a folder that exists.")
+    model = StandardizedTransformer(arguments.model)
+    metric = logit_difference(model, *arguments.answers)
+    prompts = arguments.clean, arguments.corrupted
+    if arguments.estimate is None:
+        result = activation_patching(model, *prompts, metric, arguments.sites)
+    else:
+        result = attribution_patching(model, *prompts, metric, arguments.sites, steps=arguments.estimate)
+    if page is not None:
+        plot_patching(result).write_html(page, include_plotlyjs=True)
+    if arguments.json:
+        write(json.dumps(_as_json(result, arguments), ensure_ascii=False) + "\n")
+        return
+    write(f"{model_name(arguments.model)}: corrupted {result.corrupted.item():.2f}, clean {result.clean.item():.2f}\n")
+    for kind in result.values:
+        write(f"\n{kind}: part recovered, by layer\n{_table(result, kind)}")
+    if page is not None:
+        write(f"\nmaps: {page}\n")
+
+
+def _as_json(result: PatchingResult, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": model_name(arguments.model),
+        "tokens": {"clean": result.clean_tokens, "corrupted": result.tokens},
+        "answers": arguments.answers,
+        "metric": {"clean": result.clean.item(), "corrupted": result.corrupted.item()},
+        "estimated": arguments.estimate is not None,
+        "layers": result.layers,
+        "axes": dict(result.axes),
+        "recovered": {kind: _plain(result.recovered(kind).tolist()) for kind in result.values},
+    }
+
+
+def _plain(values: Any) -> Any:
+    """JSON knows no NaN: null is what is not there."""
+    if isinstance(values, list):
+        return [_plain(each) for each in values]
+    return None if math.isnan(values) else values
+
+
+def _table(result: PatchingResult, kind: str) -> str:
+    """One line for each position or head, one column for each layer: prompts are longer than models are deep."""
+    values = result.recovered(kind)
+    by_position = result.axes[kind][-1] == "position"
+    names = [_token(result, each) for each in result.positions] if by_position else map(str, range(values.shape[1]))
+    labels = list(names)
+    widest = max(map(cells, labels))
+    head = " " * widest + "".join(f"{layer:>7}" for layer in result.layers)
+    lines = [
+        label + " " * (widest - cells(label)) + "".join(f"{_number(each):>7}" for each in column)
+        for label, column in zip(labels, values.T.tolist(), strict=True)
+    ]
+    return "\n".join([head, *lines]) + "\n"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
+
+
+def _token(result: PatchingResult, position: int) -> str:
+    here, there = (visible(each[position], encoding()) for each in (result.tokens, result.clean_tokens))
+    return here if here == there else f"{here} ({there})"
