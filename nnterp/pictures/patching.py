@@ -57,7 +57,6 @@ def plot_patching(
     Raises:
         UsageError: the result has no such sites, or sites by head and position together, which no map can show.
     """
-    from plotly.graph_objects import Heatmap
     from plotly.subplots import make_subplots
 
     kinds = list(result.values) if sites is None else [sites] if isinstance(sites, str) else list(sites)
@@ -75,27 +74,31 @@ def plot_patching(
     largest = max(float(each.abs().nan_to_num().max()) for each in maps) or 1.0
     unit = "recovered" if is_part else "change"
     for row, (kind, values) in enumerate(zip(kinds, maps, strict=True), 1):
-        labels, axis = _columns(result, kind)
-        figure.add_trace(
-            Heatmap(
-                z=values.tolist(),
-                coloraxis="coloraxis",
-                text=_numbers(values),
-                texttemplate="%{text}",
-                textfont_size=11,
-                customdata=[[[layer, label.replace("<br>", " ")] for label in labels] for layer in result.layers],
-                hovertemplate=f"layer %{{customdata[0]}}<br>%{{customdata[1]}}<br>{unit} %{{z:.3f}}<extra></extra>",
-                xgap=1,
-                ygap=1,
-            ),
-            row,
-            1,
-        )
-        figure.update_yaxes(autorange="reversed", row=row, col=1, title="layer", **_ticks(map(str, result.layers)))
-        figure.update_xaxes(row=row, col=1, title=axis if row == len(kinds) else None, **_ticks(labels))
+        _draw(figure, row, result, kind, values, unit)
+    figure.update_xaxes(row=len(kinds), col=1, title=_columns(result, kinds[-1])[1])
     width = max(_width(_columns(result, kind)[0]) for kind in kinds)
     _lay_out(figure, total, width, largest, unit, _title(result, title, is_part))
     return figure
+
+
+def _draw(figure: Figure, row: int, result: SweepResult, kind: str, values: torch.Tensor, unit: str) -> None:
+    """One map of the figure, (layer, column)."""
+    labels = _columns(result, kind)[0]
+    figure.add_heatmap(
+        z=values.tolist(),
+        coloraxis="coloraxis",
+        text=_numbers(values),
+        texttemplate="%{text}",
+        textfont_size=11,
+        customdata=[[[layer, label.replace("<br>", " ")] for label in labels] for layer in result.layers],
+        hovertemplate=f"layer %{{customdata[0]}}<br>%{{customdata[1]}}<br>{unit} %{{z:.3f}}<extra></extra>",
+        xgap=1,
+        ygap=1,
+        row=row,
+        col=1,
+    )
+    figure.update_yaxes(autorange="reversed", row=row, col=1, title="layer", **_ticks(map(str, result.layers)))
+    figure.update_xaxes(row=row, col=1, **_ticks(labels))
 
 
 def _lay_out(figure: Figure, height: int, width: int, largest: float, unit: str, title: str) -> None:
