@@ -308,7 +308,7 @@ class Envoy:
 
         If the module has a child of this name, reach the child by ``envoy["output"]``.
         """
-        return self.read("output", site=user_site())
+        return self.read("output", None, False, user_site())
 
     @output.setter
     def output(self, value: Any) -> None:

@@ -188,7 +188,7 @@ class Interleaver(Turns):
             return None
         clients = self._those_waiting(module, kind)
         if not clients:
-            if self._observers:
+            if self._observers.notes:
                 self._observers.tell(module, kind, value, self._rows)
             return None
         first = self._waiting[clients[0]]
@@ -220,7 +220,7 @@ class Interleaver(Turns):
         if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
             self._failure = RecomputedError(event.label, event.site)
             raise Unwind from self._failure
-        if self._observers:
+        if self._observers.notes:
             self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
         if first.written_over:
@@ -231,7 +231,7 @@ class Interleaver(Turns):
 
     def _those_waiting(self, module: torch.nn.Module, kind: str) -> list[Client]:
         """Who waits for this value, in the order of turns."""
-        step = self.run_of_now
+        step = 0 if self.step == -1 else self.step
         clients = [each for each, asked in self._waiting.items() if asked.is_answered_by(module, kind, step)]
         if self._calls_under_way:
             # The calls that have numbers are the model's own.

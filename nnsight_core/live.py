@@ -16,6 +16,9 @@ from nnsight_core.joining import join_running_call
 from nnsight_core.operations import is_operation
 from nnsight_core.rows import Rows
 
+#: What a module's own call takes and gives.
+_OF_CALLS = ("output", "input")
+
 
 class LiveClient:
     """The body of a trace, which runs where it stands."""
@@ -40,7 +43,8 @@ class LiveClient:
         """
         interleaver = self._interleaver
         event = interleaver.event
-        if event is not None and interleaver.fits(asked, event):
+        may_fit = event is not None and (event.module is asked.module or asked.otherwise is not None)
+        if event is not None and may_fit and interleaver.fits(asked, event):
             self.last_read = asked
             return event
         if self.given and (past := given_before(interleaver, self, asked)) is not None:
@@ -48,7 +52,7 @@ class LiveClient:
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
         interleaver.check_thread()
-        if is_operation(asked.kind):
+        if asked.kind not in _OF_CALLS and is_operation(asked.kind):
             join_running_call(interleaver, asked, self.last_read)
         interleaver.expect(self, asked)
         interleaver.give_turn()

@@ -17,24 +17,25 @@ class Observers:
     """Those who are told of values, module by module."""
 
     def __init__(self) -> None:
-        self._notes: dict[tuple[torch.nn.Module, str], list[tuple[Note, Rows | None]]] = {}
+        #: Who is told of what; looked at for every value, so it is no property.
+        self.notes: dict[tuple[torch.nn.Module, str], list[tuple[Note, Rows | None]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._notes)
+        return bool(self.notes)
 
     def add(self, module: torch.nn.Module, kind: str, note: Note, rows: Rows | None) -> None:
         """Tell ``note`` from now on, of ``rows`` of the batch."""
-        self._notes.setdefault((module, kind), []).append((note, rows))
+        self.notes.setdefault((module, kind), []).append((note, rows))
 
     def remove(self, module: torch.nn.Module, kind: str, note: Note) -> None:
         """Tell ``note`` no more."""
-        left = [each for each in self._notes.pop((module, kind), ()) if each[0] is not note]
+        left = [each for each in self.notes.pop((module, kind), ()) if each[0] is not note]
         if left:
-            self._notes[module, kind] = left
+            self.notes[module, kind] = left
 
     def tell(self, module: torch.nn.Module, kind: str, value: Any, ran_on: Rows | None) -> None:
         """A module took or gave ``value``; ``ran_on`` are the rows of the batch that it holds, None for all."""
-        for note, rows in list(self._notes.get((module, kind), ())):
+        for note, rows in list(self.notes.get((module, kind), ())):
             if ran_on is None:
                 note(module, kind, value if rows is None else rows.take(value, (module, kind, ())))
             elif rows is None or rows == ran_on:
@@ -42,4 +43,4 @@ class Observers:
 
     def clear(self) -> None:
         """Tell nobody."""
-        self._notes.clear()
+        self.notes.clear()

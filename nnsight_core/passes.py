@@ -167,7 +167,11 @@ class Part:
             assert self.tape is not None
             whole = self.tape.ask(asked)
             return whole if view is None else whole.as_part(*view)
-        return self.proxy(self.live.ask(asked), view)
+        event = self.live.ask(asked)
+        if view is None and self.rows is None and event.kind == "output" and type(event.value) is torch.Tensor:
+            # What most accesses come to, by the shortest way.
+            return self.scope.wrap(event.value, event, event.site)
+        return self.proxy(event, view)
 
     def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` on the values of proxies, now if this body runs live, else when they arrive."""

@@ -186,6 +186,9 @@ class Scope:
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
         _set(made, "_site", site or user_site())
+        return self._keep(made)
+
+    def _keep(self, made: Any) -> Proxy:
         self._made.append(weakref.ref(made))
         if len(self._made) > self._limit:
             self._made = [each for each in self._made if each() is not None]
@@ -228,7 +231,12 @@ class Scope:
     def wrap(self, value: Any, origin: Origin | Event | None = None, site: Site | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
         if type(value) is torch.Tensor:
-            return self._enter(_alias(TensorProxy, value), value, origin, site)
+            made = _alias(TensorProxy, value)
+            # As _enter does it, at half the price.
+            fields = made.__dict__
+            fields["_value"], fields["_scope"], fields["_origin"] = value, self, origin
+            fields["_site"] = site or user_site()
+            return self._keep(made)
         if issubclass(type(value), Proxy) or callable(value):
             return value
         as_plain = as_plain_result(value)

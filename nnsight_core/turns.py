@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
+from sys import gettrace
 from types import FrameType
 from typing import NoReturn
 
@@ -45,7 +46,7 @@ class Turns:
         guard = None
         if now != self._body_state:
             guard = thread_state.enter(self._body_state, now)
-        tracer = stack_keeper()
+        tracer = None if gettrace() is None else stack_keeper()
         if tracer is not None:
             calls_wait(tracer)
         try:
