@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class StreamShape:
         """The axes in a sentence."""
         return ", ".join(self.axes)
 
-    @property
+    @cached_property
     def is_usual(self) -> bool:
         """Whether there is nothing to do."""
         return self.axes == USUAL_AXES and not self.prefix
