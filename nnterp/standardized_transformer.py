@@ -29,6 +29,7 @@ from nnterp.accessors import (
     with_logits,
     write,
 )
+from nnterp.attention import HEAD_VALUES, HeadAccess
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -63,6 +64,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Voc
     ``mixers_norm_scale[i]``, ``attentions_norm_scale[i]`` and ``mlps_norm_scale[i]``, (batch, position, 1), are what
     norms divide by. Where a layer routes: ``router_logits[i]``, ``expert_indices[i]``, ``expert_weights[i]`` and
     ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
+    ``queries[i]``, ``keys[i]``, ``values[i]`` and ``heads_output[i]`` are (batch, head, position, head_dim).
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -110,6 +112,10 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Voc
     mixers_contribution: ValueAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
+    queries: HeadAccess
+    keys: HeadAccess
+    values: HeadAccess
+    heads_output: HeadAccess
     mlps_contribution: ValueAccess
 
     def __init__(
@@ -203,6 +209,13 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Voc
         root = Envoy(self._module, "", self._tree)
         self._add_norms(root, shape)
         self._add_experts(root)
+
+        root = Envoy(self._module, "", self._tree)
+        parts = tuple(each.part("attention") for each in layers)
+        modules = tuple(part.module if part else None for part in parts)
+        groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
+        for name in HEAD_VALUES:
+            setattr(self, name, HeadAccess.of(root, self.attentions_output, name, modules, groups))
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)
