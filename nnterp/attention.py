@@ -92,15 +92,17 @@ class HeadAccess(ValueAccess):
         write(self._root, self._open(layer), value)
 
 
-def _argument(name: str, groups: int, call: Any) -> Any:
+def _argument(name: str | None, groups: int, call: Any) -> Any:
     args, kwargs = call
+    assert name is not None
     position = _ARGUMENTS.index(name)
     value = args[position] if position < len(args) else kwargs[name]
     return value[:, ::groups] if _is_repeated(name, groups, value) else value
 
 
-def _with_argument(name: str, groups: int, call: Any, new: Any) -> Any:
+def _with_argument(name: str | None, groups: int, call: Any, new: Any) -> Any:
     args, kwargs = call
+    assert name is not None
     position = _ARGUMENTS.index(name)
     old = args[position] if position < len(args) else kwargs[name]
     if new.shape != old.shape:
@@ -110,7 +112,7 @@ def _with_argument(name: str, groups: int, call: Any, new: Any) -> Any:
     return args, {**kwargs, name: new}
 
 
-def _is_repeated(name: str, groups: int, value: torch.Tensor) -> bool:
+def _is_repeated(name: str | None, groups: int, value: torch.Tensor) -> bool:
     # Under a mask the kernel takes keys and values that have been repeated for every query head.
     if name == "query" or groups == 1 or value.shape[1] % groups:
         return False
