@@ -14,12 +14,23 @@ import torch
 from nnsight_core.envoy import Envoy
 from nnsight_core.sites import Site, user_site
 from nnterp.accessors import Place, ValueAccess, read, write
-from nnterp.errors import ClosedAttentionError
+from nnterp.errors import UsageError
 
 _KERNEL = "source.scaled_dot_product_attention_0"
 _ARGUMENTS = ("query", "key", "value")
 #: The values, and which argument of the kernel each is.
 HEAD_VALUES = {"queries": "query", "keys": "key", "values": "value", "heads_output": None}
+
+
+class ClosedAttentionError(UsageError):
+    """The values of a layer's heads, where its attention cannot be opened."""
+
+    def __init__(self, asked: str, why: str) -> None:
+        super().__init__(
+            f"{asked} was asked for, but {why}\n"
+            "Where the family has it, load the model with attn_implementation='sdpa'; the module's .source shows all "
+            "that it computes."
+        )
 
 
 def _why_closed(module: torch.nn.Module) -> str | None:

@@ -21,7 +21,6 @@ NnterpError
 +-- UsageError                  a script asks for what cannot be
     +-- LayerIndexError         a layer that the model has not
     +-- MissingPartError        a part that the layer has not
-    +-- ClosedAttentionError    the values of heads whose attention cannot be opened
     +-- CannotError             what cannot be had of this family of models
     +-- ShapeError              a value of the wrong shape for its place
     +-- RoutingError            experts that are not called with a routing
@@ -43,7 +42,6 @@ __all__ = [
     "AliasConflictError",
     "AmbiguousNameError",
     "CannotError",
-    "ClosedAttentionError",
     "DimensionError",
     "DuplicateArchitectureError",
     "DuplicateKeyError",
@@ -320,17 +318,6 @@ class MissingPartError(UsageError):
         super().__init__(
             f"{asked} was asked for, but this layer has no such part: {why_not}\n"
             "What every layer has are layers_input, mixers_output and layers_output."
-        )
-
-
-class ClosedAttentionError(UsageError):
-    """The values of a layer's heads, where its attention cannot be opened."""
-
-    def __init__(self, asked: str, why: str) -> None:
-        super().__init__(
-            f"{asked} was asked for, but {why}\n"
-            "Where the family has it, load the model with attn_implementation='sdpa'; the module's .source shows all "
-            "that it computes."
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import ClosedAttentionError
+from nnterp.attention import ClosedAttentionError
 from tests.matrix.models import Case
 
 PROMPTS = (["The Eiffel Tower is"], ["The Eiffel Tower is in the city", "The"])
