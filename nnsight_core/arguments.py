@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import collections
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy
 import torch
 
 from nnsight_core.values import entries_of, is_dataclass_value, rebuilt
@@ -19,6 +23,8 @@ RELEASED: Any = type("Released", (), {"__repr__": lambda self: "<released>"})()
 
 #: Tensors of up to so many numbers are copied when a step is recorded that uses them.
 _SMALL = 2**20
+#: What is no container of proxies, and can be changed in place.
+_CHANGEABLE = (numpy.ndarray, bytearray, set, collections.deque, array.array)
 _LEAVES = (torch.Tensor, str, int, float, bool, type(None), torch.nn.Module)
 
 
@@ -141,6 +147,11 @@ def _frozen(value: Any) -> Any:
 def copied_if_small(value: Any) -> Any:
     """A copy of a tensor that is not too large for one; anything else as it is."""
     return value.clone() if type(value) is torch.Tensor and value.numel() <= _SMALL else value
+
+
+def copied_if_plain(value: Any) -> Any:
+    """A copy of what a script may change in place: arrays, sets, and tensors that are not too large for it."""
+    return copy.copy(value) if isinstance(value, _CHANGEABLE) else copied_if_small(value)
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

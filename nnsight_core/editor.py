@@ -17,6 +17,7 @@ from nnsight_core.edits import LOOKED_AT, Edit, Edits
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import EditError, RecordingError
 from nnsight_core.gradients import Backwards
+from nnsight_core.old_spellings import explain
 from nnsight_core.order import observed_operations
 from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
@@ -168,6 +169,7 @@ class Editor:
         part, self._part = self._part, None
         assert part is not None and self._edited is not None
         closed(part)
+        explain(error)
         if kind is not None:
             part.edit.abandon()
             return
@@ -186,9 +188,9 @@ class Editor:
             raise RuntimeError("Generation steps are chosen inside the block of the edit.")
         return EditSteps(self._part)
 
-    def all(self) -> Iterator[Any]:
+    def all(self) -> ChosenRuns:
         """Every run, as ``editor.iter[:]``."""
-        return iter(self.iter[:])
+        return self.iter[:]
 
 
 class EditSteps:

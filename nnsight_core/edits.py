@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nnsight_core import thread_state
-from nnsight_core.arguments import PENDING, Standin, copied_if_small, mapped
+from nnsight_core.arguments import PENDING, Standin, copied_if_plain, mapped
 from nnsight_core.asked import Asked
 from nnsight_core.current import open_trace
 from nnsight_core.errors import RecordingError, ReleasedValueError
@@ -114,7 +114,7 @@ class Edit(Tape):
     def _kept(self, value: Any) -> Any:
         """What an argument is kept as: a value of this edit or of an earlier one, or a thing of its own."""
         if not issubclass(type(value), Standin):
-            return value if _is_trained(value) else copied_if_small(value)
+            return value if _is_trained(value) else copied_if_plain(value)
         if value._value is PENDING:
             if value._tape is self:
                 self._check_runs(value._live.number)
@@ -123,7 +123,7 @@ class Edit(Tape):
             return value
         value._get()
         is_call = issubclass(type(value), InputProxy) and not value._scope.open
-        return value if is_call else copied_if_small(value._plain())
+        return value if is_call else copied_if_plain(value._plain())
 
     def _check_runs(self, number: int) -> None:
         runs = self.runs[number]

@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nnsight_core.error_text import did_you_mean, table
+from nnsight_core.old_spellings import ELSEWHERE
 from nnsight_core.sites import Site
 
 
@@ -263,15 +264,6 @@ class SessionError(NNsightError):
         )
 
 
-#: What scripts of other eras ask of a module or of the trace, and how it is written here.
-_ELSEWHERE = {
-    "all": "A block runs once. For every generation step, write: for step in tracer.all(): ...",
-    "cond": "A condition is plain Python here. Write: if value: ...",
-    "iter": "A block runs once. For some generation steps, write: for step in tracer.iter[1:3]: ...",
-    "list": "A list is plain Python here. Write: kept = save([])",
-}
-
-
 class RowsError(NNsightError):
     """An invoke asked for, or changed, what cannot be divided among the inputs of its batch."""
 
@@ -289,7 +281,7 @@ class NoSuchModuleError(NNsightError, AttributeError):
     def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        hint = _ELSEWHERE.get(name) or did_you_mean(name, known)
+        hint = ELSEWHERE.get(name) or did_you_mean(name, known)
         lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))

@@ -22,7 +22,7 @@ from nnsight_core.errors import OptionError
 from nnsight_core.input_errors import EmptyPromptError, InputError, MissingInputError, PaddingError, PromptTooLongError
 from nnsight_core.loading import Checkpoint, LazyWeights, refuse_loading_options
 from nnsight_core.model import NNsight
-from nnsight_core.options import invoker_options, parameters_inside, refuse_options, without_old_options
+from nnsight_core.options import invoker_options, parameters_inside, refuse_options, refuse_unknown, without_old_options
 from nnsight_core.padding import counted_positions, way_to_pad
 from nnsight_core.prompts import is_text, padded, token_rows, tokenizer_options
 from nnsight_core.renames import Rename
@@ -62,6 +62,7 @@ class LanguageModel(NNsight):
     Raises:
         ModelNotFoundError: ``model`` names nothing that can be loaded.
         MissingWeightsError: some of the weights are not there; said when they are loaded.
+        OptionError: an option that neither the loading nor the model's config knows.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -79,6 +80,7 @@ class LanguageModel(NNsight):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_unknown({"envoys"} & kwargs.keys())
         if isinstance(model, torch.nn.Module):
             given = {"automodel": automodel, "tokenizer_kwargs": tokenizer_kwargs}
             refuse_loading_options({**{name: each for name, each in given.items() if each is not None}, **kwargs})

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from nnsight_core import thread_state
 from nnsight_core.error_text import nearest
 from nnsight_core.input_errors import InputError, MissingWeightsError, ModelNotFoundError
+from nnsight_core.loading_options import check_loading_options
 from nnsight_core.tree import Tree
 
 #: Which files to read, and how: of what a model is loaded with, what goes for its tokenizer and config as well.
@@ -49,6 +50,7 @@ class Checkpoint:
     Raises:
         ModelNotFoundError: there is no such model, or it cannot be reached.
         InputError: ``automodel`` loads no models.
+        OptionError: an option that nobody takes; said when :attr:`module` is built.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Checkpoint:
 
     def _skeleton(self) -> PreTrainedModel | None:
         try:
-            config, given = self._config()
+            config, given, left = self._config()
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(str(self.name), _readable(error), self._known) from error
         build = getattr(self._automodel, "from_config", None) or self._automodel._from_config
@@ -90,11 +92,12 @@ class Checkpoint:
             raise ModelNotFoundError(str(self.name), _readable(error), self._known) from error
         except Exception:  # noqa: BLE001 - a checkpoint's own code may need numbers for anything at all
             return None
+        check_loading_options(left, model, self._automodel)
         model.eval()
         return model
 
-    def _config(self) -> tuple[PretrainedConfig, dict[str, Any]]:
-        """The config, and what else the model is built with."""
+    def _config(self) -> tuple[PretrainedConfig, dict[str, Any], list[str]]:
+        """The config, what else the model is built with, and the names of the options that are not the config's."""
         options = copy.deepcopy({name: each for name, each in self._options.items() if name not in _NOT_TO_BE_COPIED})
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
         options.pop("torch_dtype", None)
@@ -110,7 +113,7 @@ class Checkpoint:
             # The config has used these up, and a class that looks for the model's own takes them as well.
             code = ("trust_remote_code", "code_revision")
             given |= {name: self._options[name] for name in code if name in self._options}
-        return config, given
+        return config, given, list(options)
 
     def load(self) -> PreTrainedModel:
         """The model, in evaluation mode.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from nnsight_core.edits import Edits
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import SessionError
 from nnsight_core.input_errors import InputError, MissingInputError
-from nnsight_core.options import invoker_options, refuse_options, without_old_options
+from nnsight_core.options import invoker_options, refuse_options, refuse_unknown, without_old_options
 from nnsight_core.passes import Part
 from nnsight_core.renames import Rename, check_aliases, plan_renames
 from nnsight_core.scan import Scan
@@ -57,11 +57,17 @@ class NNsight(Envoy):
 
     Raises:
         RenameError: a name to rename fits no module, or a new name is taken.
+        OptionError: an option that there is not.
     """
 
     def __init__(
-        self, module: torch.nn.Module, rename: Rename | None = None, aliases: Mapping[str, Names] | None = None
+        self,
+        module: torch.nn.Module,
+        rename: Rename | None = None,
+        aliases: Mapping[str, Names] | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(unknown, ("rename", "aliases"))
         super().__init__(module, "", Tree(module, self._planned(module, rename, aliases)))
         self._result = ResultEnvoy(Result(), "result", self._tree)
 
@@ -150,9 +156,9 @@ class NNsight(Envoy):
         assert isinstance(here, Part)
         return Steps(here, self._result, self._module)
 
-    def all(self) -> Iterator[Any]:
+    def all(self) -> Any:
         """All generation steps of the trace or edit that is open here, as ``tracer.all()``."""
-        return iter(self.iter[:])
+        return self.iter[:]
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Run the model, its edits included."""

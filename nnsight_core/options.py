@@ -57,6 +57,17 @@ def refuse_options(options: Iterable[str], why: str) -> None:
         raise OptionError(f"invoker_args ({names})", f"they say how to read text, but {why}.", mend="Leave them out.")
 
 
+def refuse_unknown(options: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raises:
+    OptionError: there are options; says which of ``known`` may have been meant.
+    """
+    for name in options:
+        mend = ""
+        if name == "envoys":
+            mend = "For other names, write rename={'mlp': 'feed_forward'}; for more methods, functions of a module."
+        raise OptionError(name, "a model is wrapped without such an option.", known, mend)
+
+
 def parameters_of(function: Callable[..., Any]) -> set[str]:
     """The names of what ``function`` takes; none where that is not told, as of what is written in C or scripted."""
     try:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from nnsight_core.arguments import apply
 from nnsight_core.current import open_session, session_closed, session_opened
 from nnsight_core.errors import SessionError
+from nnsight_core.old_spellings import ELSEWHERE, explain
 from nnsight_core.scope import Scope
 from nnsight_core.sites import user_frame
 
@@ -38,6 +39,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        explain(error)
         self._is_over = True
         session_closed(self)
         scopes, self._scopes = self._scopes, []
@@ -51,6 +53,10 @@ class Session:
     def iter(self, values: Iterable[T]) -> _Loop[T]:
         """The ``values`` themselves, for scripts that write their loops as ``for each in session.iter(values)``."""
         return _Loop(values)
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ELSEWHERE.get(name, "")
+        raise AttributeError(f"A session has no {name!r}." + (f"\n{hint}" if hint else ""))
 
     def keep(self, scope: Scope) -> None:
         """Let the values of a trace that is over live as long as the session does."""

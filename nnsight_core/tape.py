@@ -22,6 +22,7 @@ from nnsight_core.errors import NNsightError, OrderError, RecordingError
 from nnsight_core.events import Event, PastEvent
 from nnsight_core.hooked_calls import given_before
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.old_spellings import explain
 from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope, arrive
@@ -81,6 +82,9 @@ class Instruction:
         try:
             with on_behalf_of(self.site):
                 result = self.function(*args, **kwargs)
+        except AttributeError as error:
+            explain(error, f"{self.site.short}: {self.site.source}")
+            raise
         finally:
             if now != state:
                 thread_state.leave(guard, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,13 +17,15 @@ from nnsight_core.edit_runs import EditRuns
 from nnsight_core.editor import check_not_in_its_edit
 from nnsight_core.envoy import Envoy
 from nnsight_core.gathering import Combine, put_together
+from nnsight_core.gone import GONE
 from nnsight_core.gradients import Backwards
 from nnsight_core.input_errors import MissingInputError
 from nnsight_core.invoker import Invoker
 from nnsight_core.keeping import Keeper, save, write_line
+from nnsight_core.old_spellings import explain
 from nnsight_core.passes import Part, Pass
 from nnsight_core.sites import user_frame, user_site
-from nnsight_core.steps import Steps
+from nnsight_core.steps import ChosenSteps, Steps
 from nnsight_core.tape import Tape
 from nnsight_core.twin import Twin
 
@@ -154,6 +156,7 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        explain(error)
         try:
             if kind is None:
                 self._finish_pass()
@@ -189,7 +192,9 @@ class Tracer:
             if self._edits is not None:
                 self._edits.close(session)
             self._parts, self._gathered = [], []
-            self._current = None
+            self._current = self._edits = None
+            self._model = self._result = self._combine = GONE
+            self._backwards = Backwards()
             self._entered = False
 
     def __del__(self) -> None:
@@ -330,9 +335,9 @@ class Tracer:
         """
         return Steps(self._open_part(), self._result, self._model._tree.root)
 
-    def all(self) -> Iterator[int]:
+    def all(self) -> ChosenSteps:
         """All generation steps: ``for step in tracer.all()``, as ``tracer.iter[:]``."""
-        return iter(self.iter[:])
+        return self.iter[:]
 
     def next(self, increment: int = 1) -> Tracer:
         """From now on, values are those of the next generation step."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_core import LanguageModel, NNsight
+from nnsight_core import LanguageModel, NNsight, NoTraceError
 from tests import leaks
 from tests.families import tiny_model
 
@@ -194,6 +194,87 @@ def test_a_model_and_what_was_saved_of_it_are_free_at_once(
 
     module, _ = run()
     assert module() is None
+
+
+def _traced(plain: Any) -> tuple[Any, list[Any]]:
+    with NNsight(plain).trace(X) as tracer:
+        return tracer, [tracer.output.save()]
+
+
+def _invoked(plain: Any) -> tuple[Any, list[Any]]:
+    model = NNsight(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(X):
+            hidden = model[0].output.save()
+        with tracer.invoke(X):
+            model[0].output = hidden
+            return tracer, [hidden, model.output.save()]
+
+
+def _forward(plain: Any) -> tuple[Any, list[Any]]:
+    model = NNsight(plain)
+    with model.forward() as tracer, tracer.invoke(X):
+        hidden = model[0].output.save()
+    assert torch.equal(tracer.output, plain(X))
+    return tracer, [hidden]
+
+
+def _edited(plain: Any) -> tuple[Any, list[Any]]:
+    model = NNsight(plain)
+    with model.edit() as edited:
+        edited[0].output *= 2
+    with edited.trace(X) as tracer:
+        return tracer, [edited.output.save()]
+
+
+def _with_gradients(plain: Any) -> tuple[Any, list[Any]]:
+    model = NNsight(plain)
+    with torch.enable_grad(), model.trace(X) as tracer:
+        hidden = model[0].output
+        with model.output.sum().backward():
+            gradient = hidden.grad.save()
+    return tracer, [gradient]
+
+
+def _scanned(plain: Any) -> tuple[Any, list[Any]]:
+    model = NNsight(plain)
+    with model.scan(X) as tracer:
+        return tracer, [tracer.output.save()]
+
+
+def _cached(plain: Any) -> tuple[Any, list[Any]]:
+    with NNsight(plain).trace(X) as tracer:
+        tracer.cache()
+        return tracer, [tracer.output.save()]
+
+
+def _failed(plain: Any) -> tuple[Any, list[Any]]:
+    tracer = NNsight(plain).trace(X)
+    with pytest.raises(KeyError), tracer:
+        hidden = tracer.output.save()
+        raise KeyError
+    return tracer, [hidden]
+
+
+TRACERS = {
+    use.__name__.strip("_"): use
+    for use in (_traced, _invoked, _forward, _edited, _with_gradients, _scanned, _cached, _failed)
+}
+
+
+@pytest.mark.parametrize("use", TRACERS.values(), ids=TRACERS)
+@torch.no_grad()
+def test_a_tracer_that_lives_on_keeps_no_model(no_collector: None, use: Callable[[Any], tuple[Any, list[Any]]]) -> None:
+    plain = net()
+    module, weight = weakref.ref(plain), weakref.ref(plain[0].weight)
+    tracer, saved = use(plain)
+    del plain
+    assert module() is None and weight() is None
+    assert all(each.shape == X.shape for each in saved) and tracer.forward_passes >= 1
+    with pytest.raises(NoTraceError, match=r"model\.linear was asked for outside a trace"):
+        tracer.linear  # noqa: B018
+    with pytest.raises(RuntimeError, match=r"has been run. Call \.trace"), tracer:
+        pass
 
 
 def test_that_a_hoarder_is_caught(no_collector: None) -> None:
