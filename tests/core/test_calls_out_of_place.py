@@ -10,20 +10,7 @@ import pytest
 import torch
 
 from nnsight_core import NNsight, apply
-
-
-class Chain(torch.nn.Module):
-    """Three layers and a head, one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = torch.nn.Linear(3, 3)
-        self.two = torch.nn.Linear(3, 3)
-        self.head = torch.nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.two(self.one(x)))
-        return result
+from tests.core.conftest import Chain
 
 
 @pytest.fixture

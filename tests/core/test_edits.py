@@ -21,20 +21,8 @@ from nnsight_core import (
     ReleasedValueError,
     apply,
 )
+from tests.core.conftest import Chain
 from tests.leaks import hooks_on
-
-
-class Chain(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = torch.nn.Linear(3, 3)
-        self.two = torch.nn.Linear(3, 3)
-        self.head = torch.nn.Linear(3, 4)
-        self.unused = torch.nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.two(self.one(x)))
-        return result
 
 
 @pytest.fixture

@@ -10,36 +10,14 @@ import pytest
 import torch
 
 from nnsight_core import ModuleNotRunError, NameTakenError, NNsight, OutOfOrderError
+from tests.core.conftest import Autoencoder, WithAutoencoder
 
 torch.manual_seed(0)
 
 
-class Autoencoder(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = torch.nn.Linear(3, 5)
-        self.decoder = torch.nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.decoder(self.encoder(x).relu())
-        return result
-
-
-class Chain(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = torch.nn.Linear(3, 3)
-        self.two = torch.nn.Linear(3, 3)
-        self.sae = Autoencoder()  # stands in the tree, and the forward does not call it
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.two(self.one(x))
-        return result
-
-
 @pytest.fixture
 def module() -> Any:
-    return Chain().double()
+    return WithAutoencoder().double()
 
 
 @pytest.fixture
