@@ -1,7 +1,5 @@
 """A live tracing core: read and set the values inside any PyTorch module while it runs."""
 
-from typing import TYPE_CHECKING, Any
-
 from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import (
@@ -44,7 +42,7 @@ from nnsight_core.input_errors import (
 from nnsight_core.keeping import log, save
 from nnsight_core.language_model import LanguageModel
 from nnsight_core.model import NNsight
-from nnsight_core.old_spellings import of_the_package
+from nnsight_core.old_spellings import of_the_package as _of_the_package
 from nnsight_core.proxy import Proxy
 from nnsight_core.tracer import Tracer
 
@@ -92,7 +90,5 @@ __all__ = [
     "WrongThreadError",
 ]
 
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        raise of_the_package(name)
+# Not as a function of that name: for type checkers the package would then have every name.
+globals()["__getattr__"] = _of_the_package

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import FunctionType, MethodType
+from typing import NoReturn
 
 import torch
 
@@ -56,8 +57,13 @@ def explain(error: BaseException | None, where: str = "") -> None:
         error.args = ("\n".join(line for line in (str(error), where, hint) if line),)
 
 
-def of_the_package(name: str) -> BaseException:
-    """The error for a name that the package does not have."""
+def of_the_package(name: str) -> NoReturn:
+    """Say that the package has no such name.
+
+    Raises:
+        ImportError: other packages of this kind have it; says what is written instead.
+        AttributeError: for all other names.
+    """
     what = f"nnsight_core has no {name!r}."
     # From `from nnsight_core import CONFIG` Python would take the text of an AttributeError away.
-    return ImportError(f"{what}\n{OF_THE_PACKAGE[name]}") if name in OF_THE_PACKAGE else AttributeError(what)
+    raise ImportError(f"{what}\n{OF_THE_PACKAGE[name]}") if name in OF_THE_PACKAGE else AttributeError(what)
