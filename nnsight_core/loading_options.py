@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+import torch
 
 from nnsight_core.errors import OptionError
 
 
-def check_loading_options(left: Iterable[str], model: PreTrainedModel, automodel: Any) -> None:
+def check_loading_options(left: Iterable[str], model: torch.nn.Module, automodel: Any) -> None:
     """Refuse what neither the config has, nor ``from_pretrained``, nor the model's class takes.
 
     Whatever may be taken by code that cannot be looked through is left to the loading.
@@ -24,7 +24,8 @@ def check_loading_options(left: Iterable[str], model: PreTrainedModel, automodel
     Raises:
         OptionError: for an option that the loading would stumble over.
     """
-    loaders = (automodel.from_pretrained, type(model).from_pretrained)
+    kind: Any = type(model)
+    loaders = (automodel.from_pretrained, kind.from_pretrained)
     if not all(inspect.unwrap(each).__module__.startswith("transformers.") for each in loaders):
         return
     built = inspect.signature(type(model).__init__).parameters
@@ -50,5 +51,5 @@ def _named_in(loader: Any) -> set[str]:
     return names
 
 
-def _attributes(config: PretrainedConfig) -> list[str]:
+def _attributes(config: Any) -> list[str]:
     return [*config.to_dict(), *getattr(config, "attribute_map", {})]
