@@ -210,11 +210,15 @@ class Part:
         """The proxy of what an operation inside a module is called with, or gives."""
         # A call that a body made on its own rows holds no others.
         rows = None if self.rows is None or event.rows is not None else self.rows.strictly()
-        value = event.value if rows is None else rows.take(event.value)
+        place = (event.module, event.kind, ())
+        try:
+            value = event.value if rows is None else rows.take(event.value, place)
+        except RowsError as error:
+            raise RowsError(error.what, event.site) from None
         # What others hold has to stay in their memory.
         can_move = event.is_call or event.memory == "own"
         if rows is not None and can_move and torch.is_grad_enabled() and self.wants_gradients:
-            event.write(rows.put(event.value, value))
+            event.write(rows.put(event.value, value, place))
         if event.memory != "own":
             value = self.scope.copied(value)
         return self.scope.proxy(value, event if rows is None else event.origin(rows), event.is_call, event.site)

@@ -112,36 +112,53 @@ class Rows:
 
     def strictly(self) -> StrictRows:
         """The same rows of values of any form, where they can be told for sure."""
-        return StrictRows(self.start, self.size, self.total, self.multiples)
+        return StrictRows(self.start, self.size, self.total, self.multiples, self.axes)
 
 
 class StrictRows(Rows):
-    """Rows of the values inside a module: heads, tables, weights and masks are among them, and a first axis may be
-    anything. What cannot be told for sure is an error.
+    """Rows of the values inside a module: heads, tables, weights and masks are among them, and any axis may be as long
+    as the batch by coincidence. So a dry run decides; what it cannot tell for sure is an error.
 
-    A first axis as long as the batch is the batch; one of batch * positions is both. Parameters and their views, single
-    numbers, first axes of length 1, and lists whose length the batch does not divide belong to all inputs alike, and
-    then cannot be set for one of them.
+    An axis that grows with the batch, row for row, is the batch; one of batch * positions is both. What does not grow
+    belongs to all inputs alike, and then cannot be set for one of them.
     """
 
     def _range(self, tensor: torch.Tensor, place: Place | None = None) -> tuple[slice, ...] | None:
         is_parameter = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
-        if is_parameter or tensor.ndim == 0 or tensor.shape[0] == 1:
-            return None
-        each, rest = divmod(tensor.shape[0], self.total)
-        if not rest and (each == 1 or each in (self.multiples or ())):
-            return (slice(self.start * each, (self.start + self.size) * each),)
-        if tensor.ndim == 1 and rest:
-            return None
         shape = tuple(tensor.shape)
-        what = f"A value of shape {shape} inside a module may or may not have rows of each of the {self.total} inputs."
-        raise RowsError(what, user_site())
+        if is_parameter or set(shape) <= {1}:
+            return None
+        try:
+            axis = self._by_shape(shape) if self.axes is None or place is None else self.axes.of(place, shape)
+        except LookupError:
+            if len(shape) == 1 and shape[0] % self.total:
+                return None
+            raise RowsError(self._doubt(shape), user_site()) from None
+        if axis is None:
+            return None
+        number, each = axis
+        if each != 1 and each not in (self.multiples or ()):
+            # Whether (batch * head) or (head * batch), its length does not say.
+            raise RowsError(self._doubt(shape), user_site())
+        return (*[slice(None)] * number, slice(self.start * each, (self.start + self.size) * each))
+
+    def _by_shape(self, shape: tuple[int, ...]) -> Axis:
+        """Where the model may not be tried out: the first axis or none."""
+        each, rest = divmod(shape[0], self.total)
+        if shape[0] == 1 or (len(shape) == 1 and rest):
+            return None
+        if rest:
+            raise LookupError
+        return 0, each
+
+    def _doubt(self, shape: tuple[int, ...]) -> str:
+        return f"A value of shape {shape} inside a module may or may not have rows of each of the {self.total} inputs."
 
     def put(self, value: Any, part: Any, place: Place | None = None) -> Any:
         """``value`` with ``part`` in the place of these rows."""
-        if isinstance(value, torch.Tensor) and part is not value and self._range(value) is None:
+        if isinstance(value, torch.Tensor) and part is not value and self._range(value, place) is None:
             raise RowsError(_SHARED, user_site())
-        return super().put(value, part)
+        return super().put(value, part, place)
 
 
 _SHARED = "This value is one for all inputs of the batch, so that one invoke cannot change it for itself alone."

@@ -57,12 +57,15 @@ class ShapesOnly(FakeTensorMode):
     def running_model(self) -> Iterator[None]:
         """While it lasts, what this coroutine does is the model's doing."""
         with self:
+            # A dry run within a scan leaves the scan's own model running.
+            before = set(self._models)
             here = getcurrent()
             self._models.add(here)
             try:
                 yield
             finally:
-                self._models.discard(here)
+                if here not in before:
+                    self._models.discard(here)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
