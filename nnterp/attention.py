@@ -104,28 +104,33 @@ class HeadAccess(ValueAccess):
 
 
 def _argument(name: str | None, groups: int, call: Any) -> Any:
+    value = _given(name, call)
+    return value[:, ::groups] if _is_repeated(groups, _given("query", call), value) else value
+
+
+def _given(name: str | None, call: Any) -> torch.Tensor:
     args, kwargs = call
     assert name is not None
     position = _ARGUMENTS.index(name)
-    value = args[position] if position < len(args) else kwargs[name]
-    return value[:, ::groups] if _is_repeated(name, groups, value) else value
+    value: torch.Tensor = args[position] if position < len(args) else kwargs[name]
+    return value
 
 
 def _with_argument(name: str | None, groups: int, call: Any, new: Any) -> Any:
     args, kwargs = call
     assert name is not None
     position = _ARGUMENTS.index(name)
-    old = args[position] if position < len(args) else kwargs[name]
-    if new.shape != old.shape:
+    if new.shape != _given(name, call).shape:
         new = new.repeat_interleave(groups, 1)
     if position < len(args):
         return (*args[:position], new, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: new}
 
 
-def _is_repeated(name: str | None, groups: int, value: torch.Tensor) -> bool:
-    # Under a mask the kernel takes keys and values that have been repeated for every query head.
-    if name == "query" or groups == 1 or value.shape[1] % groups:
+def _is_repeated(groups: int, query: torch.Tensor, value: torch.Tensor) -> bool:
+    # Under a mask the kernel takes keys and values that have been repeated for every query head. A head for every
+    # query head alone does not tell: a family may make as many by other means.
+    if groups == 1 or value is query or value.shape[1] != query.shape[1]:
         return False
     once = value[:, ::groups]
     return torch.equal(once.repeat_interleave(groups, 1), value)

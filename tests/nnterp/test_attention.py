@@ -7,7 +7,7 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.attention import ClosedAttentionError
-from tests.matrix.models import Case
+from tests.matrix.models import Case, tiny_model
 
 PROMPTS = (["The Eiffel Tower is"], ["The Eiffel Tower is in the city", "The"])
 
@@ -105,3 +105,16 @@ def test_attention_that_is_not_one_call_says_so(model_type: str, why: str) -> No
     model = Case(model_type).model
     with pytest.raises(ClosedAttentionError, match=why), model.trace(torch.tensor([[3, 5, 7]])):
         model.heads_output[0].save()
+
+
+def test_heads_that_are_alike_are_all_there() -> None:
+    """Eight query heads to four of keys, which are all zero: nothing was repeated, and nothing may be folded."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    model = StandardizedTransformer(tiny_model("llama", **sizes))
+    for name in ("k_proj", "v_proj"):
+        torch.nn.init.zeros_(model.layers[0].self_attn._module.get_submodule(name).weight)
+    with torch.no_grad(), model.trace(torch.arange(5, 11)[None]):
+        keys = model.keys[0].save()
+    with torch.no_grad(), model.trace(torch.arange(5, 11)[None]):
+        values = model.values[0].save()
+    assert keys.shape == values.shape == (1, 4, 6, 8)
