@@ -44,13 +44,16 @@ class LogitAttribution:
 
     Args:
         names: what the parts are called, in forward order; the last is the bias of the final norm and the unembedding.
-        scores: (part, prompt), float32 on the CPU, in units of the logits. They sum to :attr:`logits` over the parts.
-        logits: the logit at the last position, before soft-capping, (prompt).
+        scores: (part, prompt), float32 on the CPU, in units of the logits.
     """
 
     names: tuple[str, ...]
     scores: torch.Tensor
-    logits: torch.Tensor
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """What the scores sum to: the logit at the last position, before soft-capping, (prompt)."""
+        return self.scores.double().sum(0).float()
 
 
 def logit_attribution(
@@ -68,7 +71,10 @@ def logit_attribution(
     >>> found = logit_attribution(model, "The Eiffel Tower is in the city of", " Paris", against=" Rome")
     >>> len(found.names) == 2 + 2 * model.num_layers
     True
-    >>> torch.allclose(found.scores.sum(0), found.logits, atol=1e-3)
+    >>> paris, rome = (model.tokenizer.encode(city)[0] for city in (" Paris", " Rome"))
+    >>> with torch.no_grad(), model.trace("The Eiffel Tower is in the city of"):
+    ...     logits = model.logits[:, -1].save()
+    >>> torch.allclose(found.logits, logits[:, paris] - logits[:, rome], atol=1e-3)
     True
 
     Args:
@@ -101,8 +107,7 @@ def logit_attribution(
         scores = torch.einsum("cph,ph->cp", stack, directions[chosen])
         constant = torch.einsum("h,ph->p", frozen_bias, directions[chosen]) + biases[chosen]
         rows.append(torch.cat([scores, constant[None]]))
-    whole = torch.cat(rows, 1)
-    return LogitAttribution((*names, "bias"), whole.float(), whole.sum(0).float())
+    return LogitAttribution((*names, "bias"), torch.cat(rows, 1).float())
 
 
 def _directions(
