@@ -15,7 +15,7 @@ from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.metrics import logit_difference
 from nnterp.interventions.sites import HEADS, STREAMS
 from nnterp.lens_table import cells, visible
-from nnterp.pictures.patching import plot_patching
+from nnterp.pictures import check_plotly, plot_patching
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["add_patch"]
@@ -68,6 +68,8 @@ def _patch(arguments: argparse.Namespace) -> None:
     page: Path | None = arguments.html
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise UsageError(f"The maps cannot be written to '{page}': give --html a file in a folder that exists.")
+    if page is not None:
+        check_plotly()
     model = StandardizedTransformer(arguments.model)
     metric = logit_difference(model, *arguments.answers)
     prompts = arguments.clean, arguments.corrupted

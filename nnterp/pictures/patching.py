@@ -6,6 +6,7 @@ plot_patching(activation_patching(model, clean, corrupted, metric)).write_html("
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from nnterp.lens_table import visible
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["plot_patching"]
+__all__ = ["check_plotly", "plot_patching"]
 
 #: Pixels: of a row and a column of cells, of what stands around a map, and of the whole.
 ROW, COLUMN, BETWEEN, AROUND = 26, 62, 100, 190
@@ -27,6 +28,16 @@ LETTER, WIDEST = 7, 130
 NARROWEST = 620
 #: So many cells in a map still have room for their numbers.
 NUMBERED = 400
+
+
+def check_plotly() -> None:
+    """Say at once, and not after a long sweep, that no picture can be drawn.
+
+    Raises:
+        UsageError: plotly is not installed.
+    """
+    if find_spec("plotly") is None:
+        raise UsageError("Pictures are drawn with plotly, which is not installed: pip install 'nnsight-core[display]'.")
 
 
 def plot_patching(
@@ -55,8 +66,10 @@ def plot_patching(
         A plotly figure, not shown: ``figure.show()``, ``figure.write_html(...)``, ``figure.write_image(...)``.
 
     Raises:
-        UsageError: the result has no such sites, or sites by head and position together, which no map can show.
+        UsageError: plotly is not installed, or the result has no such sites, or has them by head and position together,
+            which no map can show.
     """
+    check_plotly()
     from plotly.subplots import make_subplots
 
     kinds = list(result.values) if sites is None else [sites] if isinstance(sites, str) else list(sites)

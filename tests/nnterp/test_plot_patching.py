@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from nnterp import StandardizedTransformer
+from nnterp.command_line import main
 from nnterp.errors import UsageError
 from nnterp.interventions import PatchingResult, SweepResult, activation_patching, logit_difference
 from nnterp.pictures import plot_patching
@@ -68,3 +72,15 @@ def test_a_real_one_is_of_itself_alone(demo_gpt2: StandardizedTransformer) -> No
     np.testing.assert_allclose(figure.data[1].z, found.recovered("attentions_output").numpy(), atol=1e-6)
     page = figure.to_html(include_plotlyjs=False)
     assert "␣Mary" in page or "\\u2423Mary" in page
+
+
+def test_without_plotly_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(UsageError, match=r"pip install 'nnsight-core\[display\]'"):
+        plot_patching(result(mlps_output=torch.ones(2, 2)))
+    # Before anything is loaded: there is no such model.
+    words = ["--answers", " a", " b", "--model", "no-such-model", "--html", str(tmp_path / "maps.html")]
+    assert main(["patch", "a", "b", *words]) == 2
+    assert "pip install" in capsys.readouterr().err
