@@ -1,25 +1,26 @@
-"""Inside attention: what its heads ask, offer and give, read and set where the model hands it to its kernel.
-
-The fast kernel stays: its arguments and its result are the values, so that nothing is computed twice.
-"""
+"""Inside attention: what its heads ask, offer and give, by layer, read and set."""
 
 from __future__ import annotations
 
-import dis
-from functools import partial
-from typing import Any
-
-import torch
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from nnsight_core.envoy import Envoy
-from nnsight_core.sites import Site, user_site
+from nnsight_core.sites import user_site
 from nnterp.accessors import Place, ValueAccess, read, write
+from nnterp.attention_kernel import kernel_places
+from nnterp.attention_places import Attention, AttentionPlaces
 from nnterp.errors import UsageError
 
-_KERNEL = "source.scaled_dot_product_attention_0"
-_ARGUMENTS = ("query", "key", "value")
-#: The values, and which argument of the kernel each is.
-HEAD_VALUES = {"queries": "query", "keys": "key", "values": "value", "heads_output": None}
+if TYPE_CHECKING:
+    from nnterp.rename_plan import RenamePlan
+
+#: The accessors, and which of the places of a layer's attention each reads and sets.
+NAMES = {"queries": "queries", "keys": "keys", "values": "values", "heads_output": "heads_output"}
+
+#: Who knows where the values stand in which attention; the first that knows a place of a value is believed.
+_FINDERS: tuple[Callable[[Attention], AttentionPlaces], ...] = (kernel_places,)
 
 
 class ClosedAttentionError(UsageError):
@@ -31,18 +32,6 @@ class ClosedAttentionError(UsageError):
             "Where the family has it, load the model with attn_implementation='sdpa'; the module's .source shows all "
             "that it computes."
         )
-
-
-def _why_closed(module: torch.nn.Module) -> str | None:
-    """Why the values of the module's heads cannot be reached; None if they can."""
-    code = getattr(type(module).forward, "__code__", None)
-    if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
-        return f"{type(module).__name__} does not hand its heads to one of transformers' attention functions."
-    loads = [each for each in dis.get_instructions(code) if each.opname.startswith("LOAD")]
-    if sum(each.argrepr.count("attention_interface") for each in loads) > 1:
-        return f"{type(module).__name__} calls its attention function several times, and no one call has all its heads."
-    used = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return None if used == "sdpa" else f"the model runs its attention with {used!r}, and they are read from 'sdpa'."
 
 
 class HeadAccess(ValueAccess):
@@ -67,34 +56,40 @@ class HeadAccess(ValueAccess):
         ShapeError: what is set has another shape.
     """
 
-    @classmethod
-    def of(
-        cls, root: Envoy, attentions: ValueAccess, name: str, modules: tuple[str | None, ...], groups: int
-    ) -> HeadAccess:
-        """The value called ``name`` of each attention; ``groups`` is the number of query heads to a key's."""
-        argument = HEAD_VALUES[name]
-        kind = f"{_KERNEL}.{'output' if argument is None else 'input'}"
-        get, put = (partial(_argument, argument, groups), partial(_with_argument, argument, groups))
-        places = []
-        for index, path in enumerate(modules):
-            label = f"{name}[{index}]"
-            whole = path is not None and argument is None
-            place = Place(path or "", kind, label) if whole else Place(path or "", kind, label, get, put)
-            places.append(None if path is None else place)
-        return cls(root, name, tuple(places), attentions._why_not)
+    def __init__(
+        self, root: Envoy, name: str, modules: tuple[str | None, ...], why_not: tuple[str, ...], groups: int
+    ) -> None:
+        places = tuple(None if path is None else Place(path, "call", name) for path in modules)
+        super().__init__(root, name, places, why_not)
+        self._groups = groups
+
+    def place(self, layer: int) -> Place:
+        """Where layer ``layer``'s value stands.
+
+        Raises:
+            LayerIndexError: the model has no such layer.
+            MissingPartError: the layer has no attention.
+            ClosedAttentionError: its attention cannot be opened.
+        """
+        path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
+        attention = Attention(self._root.get(path), path, self._groups)
+        reasons = []
+        for find in _FINDERS:
+            found: Place | str = getattr(find(attention), NAMES[self.name])
+            if isinstance(found, Place):
+                return replace(found, label=label)
+            reasons.append(found)
+        raise ClosedAttentionError(label, reasons[-1])
 
     def _open(self, layer: int) -> Place:
         place = self.place(layer)
-        envoy = self._root.get(place.path)
-        why = _why_closed(envoy._module)
-        if why is not None:
-            raise ClosedAttentionError(place.label, why)
-        # Says to the trace that the module's operations are to be counted.
-        _ = envoy.source
+        if place.kind.startswith("source."):
+            # Operations are counted from the start of a call: the module has to know before it runs.
+            _ = self._root.get(place.path).source
         return place
 
     def __getitem__(self, layer: int) -> Any:
-        site: Site | None = user_site()
+        site = user_site()
         return read(self._root, self._open(layer), site=site)
 
     __call__ = __getitem__
@@ -103,34 +98,24 @@ class HeadAccess(ValueAccess):
         write(self._root, self._open(layer), value)
 
 
-def _argument(name: str | None, groups: int, call: Any) -> Any:
-    value = _given(name, call)
-    return value[:, ::groups] if _is_repeated(groups, _given("query", call), value) else value
+class Heads:
+    """The heads of a :class:`~nnterp.StandardizedTransformer`: all read and set, in the order in which they are made.
 
+    See :class:`HeadAccess`.
+    """
 
-def _given(name: str | None, call: Any) -> torch.Tensor:
-    args, kwargs = call
-    assert name is not None
-    position = _ARGUMENTS.index(name)
-    value: torch.Tensor = args[position] if position < len(args) else kwargs[name]
-    return value
+    queries: HeadAccess
+    keys: HeadAccess
+    values: HeadAccess
+    heads_output: HeadAccess
+    attentions_output: ValueAccess
+    num_heads: int
+    num_kv_heads: int
+    _plan: RenamePlan
 
-
-def _with_argument(name: str | None, groups: int, call: Any, new: Any) -> Any:
-    args, kwargs = call
-    assert name is not None
-    position = _ARGUMENTS.index(name)
-    if new.shape != _given(name, call).shape:
-        new = new.repeat_interleave(groups, 1)
-    if position < len(args):
-        return (*args[:position], new, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: new}
-
-
-def _is_repeated(groups: int, query: torch.Tensor, value: torch.Tensor) -> bool:
-    # Under a mask the kernel takes keys and values that have been repeated for every query head. A head for every
-    # query head alone does not tell: a family may make as many by other means.
-    if groups == 1 or value is query or value.shape[1] != query.shape[1]:
-        return False
-    once = value[:, ::groups]
-    return torch.equal(once.repeat_interleave(groups, 1), value)
+    def _add_heads(self, root: Envoy) -> None:
+        parts = tuple(each.part("attention") for each in self._plan.layers)
+        modules = tuple(part.module if part else None for part in parts)
+        groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
+        for name in NAMES:
+            setattr(self, name, HeadAccess(root, name, modules, self.attentions_output._why_not, groups))

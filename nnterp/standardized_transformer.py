@@ -29,7 +29,7 @@ from nnterp.accessors import (
     with_logits,
     write,
 )
-from nnterp.attention import HEAD_VALUES, HeadAccess
+from nnterp.attention import Heads
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -44,7 +44,7 @@ from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
-class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Vocabulary):
+class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Norms, Vocabulary):
     """Any causal language model under standard names.
 
     >>> from nnterp import StandardizedTransformer
@@ -112,10 +112,6 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Voc
     mixers_contribution: ValueAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
-    queries: HeadAccess
-    keys: HeadAccess
-    values: HeadAccess
-    heads_output: HeadAccess
     mlps_contribution: ValueAccess
 
     def __init__(
@@ -209,13 +205,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Experts, Norms, Voc
         root = Envoy(self._module, "", self._tree)
         self._add_norms(root, shape)
         self._add_experts(root)
-
-        root = Envoy(self._module, "", self._tree)
-        parts = tuple(each.part("attention") for each in layers)
-        modules = tuple(part.module if part else None for part in parts)
-        groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
-        for name in HEAD_VALUES:
-            setattr(self, name, HeadAccess.of(root, self.attentions_output, name, modules, groups))
+        self._add_heads(root)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

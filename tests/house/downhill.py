@@ -57,6 +57,8 @@ ORDER = (
     "nnterp/inference/errors.py",
     "nnterp/validation.py",
     "nnterp/attention.py",
+    "nnterp/attention_kernel.py",
+    "nnterp/attention_places.py",
     "nnterp/norms.py",
     "nnterp/experts.py",
     "nnterp/residual_stream.py",

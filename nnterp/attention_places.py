@@ -1,0 +1,56 @@
+"""Where the values of one layer's attention stand in what the model computes, whatever computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nnsight_core.envoy import Envoy
+from nnterp.accessors import Place
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one layer, which is to be opened.
+
+    Args:
+        envoy: its module.
+        path: the module's full path.
+        groups: how many heads of queries there are to each head of keys.
+    """
+
+    envoy: Envoy
+    path: str
+    groups: int
+
+
+@dataclass(frozen=True)
+class AttentionPlaces:
+    """The values in the order in which a layer makes them: for each its place, or the reason why it has none.
+
+    What stands at a place, or what its ``get`` makes of that, has the shape that the accessor promises; the labels are
+    the accessors' to give.
+
+    Args:
+        queries: (batch, head, position, head_dim), as they are multiplied with keys.
+        keys: likewise, with a head for each of ``num_kv_heads``.
+        values: likewise.
+        scores: (batch, head, query, key), what the softmax takes.
+        probabilities: (batch, head, query, key), what the values are multiplied by.
+        heads_output: (batch, head, position, head_dim), what comes of that.
+    """
+
+    queries: Place | str
+    keys: Place | str
+    values: Place | str
+    scores: Place | str
+    probabilities: Place | str
+    heads_output: Place | str
+
+    @classmethod
+    def closed(cls, why: str) -> AttentionPlaces:
+        """None of them, for one reason.
+
+        >>> AttentionPlaces.closed("it is compiled.").keys
+        'it is compiled.'
+        """
+        return cls(**{each.name: why for each in fields(cls)})
