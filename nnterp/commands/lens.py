@@ -74,7 +74,8 @@ def _lens(arguments: argparse.Namespace) -> None:
     name = model_name(arguments.model)
     for index, prompt in enumerate(arguments.prompts):
         k = max(arguments.top, min(HEAT_MAP_TOP, model.vocab_size))
-        lens = lens_tokens(model, prompt, k)
+        # The table is of the last position alone, and unembedding the others takes most of the time.
+        lens = lens_tokens(model, prompt, k, None if pages else [-1])
         # The file comes first: whoever reads the table may stop reading, and the heat map is there all the same.
         if pages:
             _write_page(pages[index], lens, name)

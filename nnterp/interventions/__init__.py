@@ -4,7 +4,7 @@ from nnterp.interventions.ablation import ablation
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.logit_attribution import LogitAttribution, logit_attribution
-from nnterp.interventions.logit_lens import LensResult, lens_tokens, logit_lens
+from nnterp.interventions.logit_lens import LensResult, TopTokens, lens_tokens, logit_lens, logit_lens_topk
 from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
 from nnterp.interventions.path_patching import path_patching
 from nnterp.interventions.steering import SteeringVector
@@ -23,6 +23,7 @@ __all__ = [
     "logit_attribution",
     "logit_difference",
     "logit_lens",
+    "logit_lens_topk",
     "LogitAttribution",
     "loss",
     "Metric",
@@ -31,4 +32,5 @@ __all__ = [
     "probability",
     "SteeringVector",
     "SweepResult",
+    "TopTokens",
 ]

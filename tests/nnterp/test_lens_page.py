@@ -64,6 +64,7 @@ def lens_of(token: str = "token", prompt: str = "a prompt") -> LensResult:
     return LensResult(
         prompt=prompt,
         tokens=tuple(f" {token}{position}" for position in range(POSITIONS)),
+        positions=tuple(range(POSITIONS)),
         ids=torch.arange(POSITIONS),
         layer_names=tuple(f"layer {layer}" for layer in range(LAYERS)),
         top_ids=torch.arange(LAYERS * POSITIONS * K).reshape(LAYERS, POSITIONS, K),
@@ -166,6 +167,7 @@ def test_one_position() -> None:
     one = LensResult(
         prompt="x",
         tokens=lens.tokens[:1],
+        positions=(0,),
         ids=lens.ids[:1],
         layer_names=lens.layer_names,
         top_ids=lens.top_ids[:, :1, :1],

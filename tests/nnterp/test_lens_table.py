@@ -23,6 +23,7 @@ def lens_of(rows: list[list[str]], probs: list[list[float]] | None = None) -> Le
     return LensResult(
         prompt="text",
         tokens=("text",),
+        positions=(0,),
         ids=torch.tensor([0]),
         layer_names=tuple(f"layer {layer}" for layer in range(layers)),
         top_ids=torch.arange(layers * k).reshape(layers, 1, k),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,11 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from nnsight_core.errors import RemoteError
 from nnsight_core.input_errors import EmptyPromptError, InputError, PromptTooLongError
 from nnterp import StandardizedTransformer
-from nnterp.errors import TopCountError
-from nnterp.interventions import lens_tokens, logit_lens
+from nnterp.errors import PositionError, TopCountError
+from nnterp.interventions import lens_tokens, logit_lens, logit_lens_topk
 from nnterp.interventions.logit_lens import BATCH_SIZE
 from tests.families import tiny_model
 
+#: The module, whose name in its package is that of the function.
+MODULE = sys.modules["nnterp.interventions.logit_lens"]
 PROMPTS = ["The Eiffel Tower", "ab", "in the city of Paris"]
 
 
@@ -173,3 +176,65 @@ def test_mistakes(gpt2: StandardizedTransformer) -> None:
     with pytest.raises(InputError, match=r"from number 32 on.*Prompt 1 of 2") as caught:
         logit_lens(gpt2, ["a"] * (BATCH_SIZE + 1) + [""])
     assert isinstance(caught.value.__cause__, EmptyPromptError)
+
+
+def test_all_positions_are_those_of_plain_hooks(family: Any) -> None:
+    names, model, plain = family
+    probs, inverse = logit_lens(model, PROMPTS, return_inv_logits=True, all_positions=True)
+    ids = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    longest = max(map(len, ids))
+    assert probs.shape == inverse.shape == (len(PROMPTS), model.num_layers, longest, model.vocab_size)
+    for row, tokens in enumerate(ids):
+        logits, _ = by_hand(names, plain, tokens)
+        torch.testing.assert_close(probs[row, :, longest - len(tokens) :], logits.softmax(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            inverse[row, :, longest - len(tokens) :], (-logits).softmax(-1), rtol=1e-4, atol=1e-6
+        )
+        assert probs[row, :, : longest - len(tokens)].isnan().all()
+    torch.testing.assert_close(probs[:, :, -1], logit_lens(model, PROMPTS))
+
+
+@pytest.mark.parametrize("all_positions", [False, True])
+def test_top_tokens_of_many_prompts(
+    gpt2: StandardizedTransformer, all_positions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Batches whose longest prompts differ, and pieces of a few positions.
+    monkeypatch.setattr(MODULE, "BATCH_SIZE", 2)
+    prompts = [*PROMPTS, "a", "The"]
+    whole = logit_lens(gpt2, prompts, all_positions=all_positions)
+    assert isinstance(whole, torch.Tensor)
+    monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 2 * 3 * gpt2.vocab_size)
+    top = logit_lens_topk(gpt2, prompts, k=4, all_positions=all_positions)
+    assert top.probs.shape == top.ids.shape == (*whole.shape[:-1], 4)
+    nothing = whole[..., 0].isnan()
+    assert nothing.any() == all_positions
+    assert (top.ids[nothing] == -1).all() and top.probs[nothing].isnan().all()
+    torch.testing.assert_close(top.probs[~nothing], whole[~nothing].topk(4).values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(top.probs[~nothing], whole[~nothing].gather(-1, top.ids[~nothing]), rtol=1e-5, atol=1e-7)
+
+
+def test_no_more_logits_are_held_than_allowed(gpt2: StandardizedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 5 * gpt2.vocab_size)
+    project, seen = gpt2.project_on_vocab, []
+
+    def counted(hidden: torch.Tensor) -> Any:
+        seen.append(hidden.shape[:-1].numel())
+        return project(hidden)
+
+    whole = lens_tokens(gpt2, "a" * 23)
+    monkeypatch.setattr(gpt2, "project_on_vocab", counted)
+    seen.clear()
+    piecewise = lens_tokens(gpt2, "a" * 23)
+    assert seen == [5, 5, 5, 5, 3] * gpt2.num_layers
+    torch.testing.assert_close(piecewise.top_probs, whole.top_probs)
+
+
+def test_some_positions(gpt2: StandardizedTransformer) -> None:
+    whole, some = lens_tokens(gpt2, PROMPTS[0]), lens_tokens(gpt2, PROMPTS[0], positions=[-1, 2])
+    last = len(whole.tokens) - 1
+    assert whole.positions == tuple(range(last + 1)) and some.positions == (last, 2)
+    assert some.tokens == (whole.tokens[last], whole.tokens[2]) and some.ids.tolist() == whole.ids[[last, 2]].tolist()
+    torch.testing.assert_close(some.top_probs, whole.top_probs[:, [last, 2]])
+    for wrong, fact in (([last + 1], f"Position {last + 1} is not there: the prompt has"), ([], "leaves no position")):
+        with pytest.raises(PositionError, match=fact):
+            lens_tokens(gpt2, PROMPTS[0], positions=wrong)
