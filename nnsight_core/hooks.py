@@ -72,10 +72,12 @@ class HookBoard:
         #: The modules with a forward pre-hook of ours, and their gates: scripted modules have none.
         self._gates: dict[torch.nn.Module, Gate | None] = {}
         self._may_skip: set[torch.nn.Module] | None = None
-        self._followed: RemovableHandle | None = None
+        self._followed: torch.nn.Module | None = None
+        self._following: tuple[RemovableHandle, ...] = ()
         self._taps: Taps | None = None
         self._ends: tuple[RemovableHandle, ...] = ()
         self._begins: Callable[[], Any] = _nothing
+        self._gives: Callable[[Any], Any] = _nothing
         self._counters: list[tuple[CallCounter, RemovableHandle]] | None = None
         self._runs_eagerly = False
 
@@ -118,6 +120,9 @@ class HookBoard:
             # It has no hooks, and torch says so.
             module.register_forward_hook(hook)
         module._forward_hooks[self._key] = hook
+        if module is self._followed and len(self._following) == 1:
+            # Whoever asks for anything arms this module, and has its turn before what it gives is handed on.
+            self._following = (*self._following, module.register_forward_hook(self._on_end))
         if module._compiled_call_impl is not None:
             self._run_eagerly()
 
@@ -177,13 +182,18 @@ class HookBoard:
             return None
         return self._deliver(module, "skip", (args, kwargs))
 
-    def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
-        """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered."""
-        self._begins = begins
-        self._followed = module.register_forward_pre_hook(self._on_begin, prepend=True)
+    def follow(self, module: torch.nn.Module, begins: Callable[[], None], gives: Callable[[Any], Any]) -> None:
+        """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered; and ``gives``
+        with what it gives, after all else, if anything is watched: what that gives is handed on in its place.
+        """
+        self._begins, self._gives, self._followed = begins, gives, module
+        self._following = (module.register_forward_pre_hook(self._on_begin, prepend=True),)
 
     def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
         self._begins()
+
+    def _on_end(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        return self._gives(output)
 
     def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
         """Let ``counter`` count the calls of ``module`` at which ``counts()``, before any value is delivered."""
@@ -229,9 +239,9 @@ class HookBoard:
                 if gate is not None:
                     gate.let_go(self)
             self._gates.clear()
-        if self._followed is not None:
-            self._followed.remove()
-            self._followed = None
+        for handle in self._following:
+            handle.remove()
+        self._following, self._followed = (), None
         if self._taps is not None:
             self._taps.clear()
         for handle in self._ends:
@@ -246,7 +256,7 @@ class HookBoard:
 
     def release(self) -> None:
         """Forget who is to be told; there are no hooks any more."""
-        self.coroutine = self._deliver = self._begins = _nothing
+        self.coroutine = self._deliver = self._begins = self._gives = _nothing
         self._taps = None
 
 

@@ -28,6 +28,7 @@ from nnsight_core.errors import (
 )
 from nnsight_core.events import Event
 from nnsight_core.forward_pass import ForwardPass, Unwind
+from nnsight_core.handed_out import HandedOut
 from nnsight_core.hooks import HookBoard
 from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import Memory, is_operation
@@ -81,8 +82,9 @@ class Interleaver(Turns):
         self.at_steps: list[Callable[[int], None]] = []
         #: The run of the model that has begun last, counted from 0, -1 before the first; None if they are not counted.
         self.step: int | None = None if root is None else -1
+        self._handed_out = HandedOut()
         if root is not None:
-            self.hooks.follow(root, self._step_begins)
+            self.hooks.follow(root, self._step_begins, self._step_ends)
 
     # What clients do.
 
@@ -223,6 +225,8 @@ class Interleaver(Turns):
         if self._observers.notes:
             self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
+        if self.step is not None:
+            self._handed_out.add(event.value)
         if first.written_over:
             # What the clients hold stays as it was when they got it.
             changed = (map_tensors(torch.clone, event.value),)
@@ -255,12 +259,17 @@ class Interleaver(Turns):
                 client.missed(self.missing(client, self._waiting.pop(client)))
             self.step += 1
             self.hooks.reset_counters()
+            self._handed_out.clear()
             # Who does something in each run has asked for the first already.
             for begin in self.at_steps if self.step else ():
                 begin(self.step)
         except Exception as error:
             self._failure = error
             raise Unwind from error
+
+    def _step_ends(self, result: Any) -> Any:
+        """What whoever runs the model again and again is to get of ``result``, to do with as it likes."""
+        return self._handed_out.apart(result) if self._is_model_at_work() else None
 
     def missing(self, client: Client, asked: Asked) -> NNsightError:
         """Why ``asked`` did not come: too late, or never."""

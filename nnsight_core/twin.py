@@ -117,8 +117,8 @@ class _TwinBoard(HookBoard):
     def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
         super().count(self._twin.of(module), counter, counts)
 
-    def follow(self, module: torch.nn.Module, begins: Callable[[], None]) -> None:
-        super().follow(self._twin.of(module), begins)
+    def follow(self, module: torch.nn.Module, begins: Callable[[], None], gives: Callable[[Any], Any]) -> None:
+        super().follow(self._twin.of(module), begins, gives)
 
 
 def _tensors(

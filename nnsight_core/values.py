@@ -238,15 +238,16 @@ def share_storage(one: Any, other: Any) -> bool:
     for each in (one, other):
         if not isinstance(each, torch.Tensor) or each.layout is not torch.strided:
             return False
+    return memory_of(one) == memory_of(other)
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Tells memory that a strided tensor lies in from any other, as long as it is in use."""
     try:
-        return _memory(one) == _memory(other)
+        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
     except NotImplementedError:
         # Inside torch.func's transformations a tensor is wrapped, once for each of them.
-        return _memory(_innermost(one)) == _memory(_innermost(other))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+        return _innermost(tensor).untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _innermost(tensor: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,7 @@ ORDER = (
     "nnsight_core/interleaver.py",
     "nnsight_core/turns.py",
     "nnsight_core/forward_pass.py",
+    "nnsight_core/handed_out.py",
     "nnsight_core/observers.py",
     "nnsight_core/witness.py",
     "nnsight_core/asked.py",
