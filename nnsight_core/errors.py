@@ -305,7 +305,7 @@ class SourceError(NNsightError):
     """The operations inside a module cannot be seen, or not without an input to run on."""
 
     def __init__(self, label: str, why: str, mend: str, site: Site) -> None:
-        super().__init__(f"{label}: {why}\n{table([('asked for', label, site)])}\n{mend}")
+        super().__init__(f"{label}: {why}\n{table([('asked for', label, site)])}\n{mend}".rstrip())
 
 
 class NoSuchEntryError(NNsightError, IndexError):

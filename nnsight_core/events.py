@@ -47,7 +47,7 @@ class Event:
     @property
     def is_call(self) -> bool:
         """Whether it is what something is called with, and not what it gives."""
-        return not self.kind.endswith("output")
+        return self.kind.rpartition(".")[2] in ("input", "skip")
 
     @property
     def event(self) -> Event:

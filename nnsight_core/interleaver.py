@@ -23,6 +23,7 @@ from nnsight_core.errors import (
     NNsightError,
     OutOfOrderError,
     RecomputedError,
+    SourceError,
     StepNotRunError,
     TraceStoppedError,
 )
@@ -30,6 +31,7 @@ from nnsight_core.events import Event
 from nnsight_core.forward_pass import ForwardPass, Unwind
 from nnsight_core.handed_out import HandedOut
 from nnsight_core.hooks import HookBoard
+from nnsight_core.kernels import Shut
 from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
@@ -203,6 +205,8 @@ class Interleaver(Turns):
                 client = clients.pop(0)
                 asked = self._waiting.pop(client)
                 event.label, event.site = asked.label, asked.site
+                if isinstance(event.value, Shut):
+                    raise SourceError(asked.label, event.value.why, "", asked.site)
                 client.last_read = asked
                 client.advance(event)
                 if self._calls != calls:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nnsight_core.kernels import INNER, Shut, run_open, why_shut
 from nnsight_core.operators import changes_in_place
 from nnsight_core.sites import Site, is_library
 from nnsight_core.values import map_tensors, share_storage
@@ -21,7 +22,8 @@ from nnsight_core.values import map_tensors, share_storage
 #: Whose memory a value is: its own, what others hold as well, or what they hold and an operation has just changed.
 Memory = Literal["own", "shared", "in place"]
 
-#: Called with the place, ``source.softmax_0.input`` or ``.output``, the value, and whose memory it is;
+#: Called with the place, ``source.softmax_0.input`` or ``.output`` or that of a value inside, the value, and whose
+#: memory it is;
 #: gives its replacement in a one-tuple, or None for no change.
 Visit = Callable[[str, Any, Memory], "tuple[Any] | None"]
 
@@ -98,12 +100,15 @@ class Tap(TorchFunctionMode):
     Args:
         module: whose call it is.
         visit: sees what each operation is called with, and what it gives.
+        listens: whether ``visit`` has a use for the value at a place inside an operation, which costs something to
+            tell; without it, for all that can be told.
     """
 
-    def __init__(self, module: torch.nn.Module, visit: Visit) -> None:
+    def __init__(self, module: torch.nn.Module, visit: Visit, listens: Callable[[str], bool] | None = None) -> None:
         super().__init__()
         self.module = module
         self._visit = visit
+        self._listens = listens
         #: How many operations of each name there have been.
         self.counts: dict[str, int] = {}
         self._opened_in = 0
@@ -186,7 +191,8 @@ class Tap(TorchFunctionMode):
             args, kwargs = _with_call(args, changed[0], kind, changes_in_place(func.__name__, kwargs))
         target = kwargs.get("out", args[0] if args else kwargs.get("input"))
         before = _version(target)
-        result = func(*args, **kwargs)
+        is_open = name in INNER and self._is_to_be_opened(name, kind, args, kwargs)
+        result = self._run_open(func, kind, args, kwargs) if is_open else func(*args, **kwargs)
         in_place = isinstance(target, torch.Tensor) and (
             changes_in_place(func.__name__.partition(".")[0], kwargs)
             if before is None or func.__name__ == "__setitem__"
@@ -201,6 +207,20 @@ class Tap(TorchFunctionMode):
             return changed[0]
         _fill(target, changed[0], kind)
         return result
+
+    def _is_to_be_opened(self, name: str, kind: str, args: Any, kwargs: Any) -> bool:
+        wanted = [f"{kind}.{each}" for each in INNER[name]]
+        if self._listens is not None and not any(map(self._listens, wanted)):
+            return False
+        why = why_shut(args, kwargs)
+        if why is None:
+            return True
+        for each in wanted:
+            self._show(each, Shut(why), "own")
+        return False
+
+    def _run_open(self, func: Any, kind: str, args: Any, kwargs: Any) -> Any:
+        return run_open(func, args, kwargs, lambda name, value: self._show(f"{kind}.{name}", value, "own"))
 
     def _show(self, kind: str, value: Any, memory: Memory) -> tuple[Any] | None:
         # Whoever looks may use torch for it, and that is no operation of the module's.

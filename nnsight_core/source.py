@@ -10,6 +10,7 @@ import torch
 
 from nnsight_core.current import open_trace
 from nnsight_core.errors import EditError, ModuleNotRunError, NoSuchOperationError, SourceError
+from nnsight_core.kernels import INNER
 from nnsight_core.operations import PREFIX, torch_names
 from nnsight_core.order import observed_operations
 from nnsight_core.sites import Site, user_site
@@ -96,6 +97,37 @@ class Operation:
         self._source._envoy.write(f"{PREFIX}{self._name}.input", value)
 
     inputs = input
+
+    @property
+    def scores(self) -> Any:
+        """What attention's softmax takes, (..., head, query, key), scaled and masked; set it to replace it.
+
+        Only for ``scaled_dot_product_attention``, which does not show it: it is computed again from ``.input``, in
+        float32 at least. The kernel runs as well, and its result stays for queries whose probabilities stay.
+        """
+        return self._source._envoy.read(self._inner("scores"))
+
+    @scores.setter
+    def scores(self, value: Any) -> None:
+        self._source._envoy.write(self._inner("scores"), value)
+
+    @property
+    def probabilities(self) -> Any:
+        """What attention's softmax gives, (..., head, query, key), as :attr:`scores`; set it to replace it.
+
+        Each query's add up to 1, and are all 0 where the mask lets it see nothing.
+        """
+        return self._source._envoy.read(self._inner("probabilities"))
+
+    @probabilities.setter
+    def probabilities(self, value: Any) -> None:
+        self._source._envoy.write(self._inner("probabilities"), value)
+
+    def _inner(self, what: str) -> str:
+        if what not in INNER.get(self._name.rpartition("_")[0], ()):
+            has = f"{self._name} has no {what}: of all operations, {', '.join(INNER)} has."
+            raise SourceError(f"{self._source._label}.{self._name}.{what}", has, "", user_site())
+        return f"{PREFIX}{self._name}.{what}"
 
     def __repr__(self) -> str:
         site = self._found()

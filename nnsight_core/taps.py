@@ -97,12 +97,12 @@ class Taps:
             if (module, kind) not in self._listening or getcurrent() is not self._coroutine():
                 return None
             changed = self._deliver(module, kind, value, memory)
-            if kind.endswith(".input") or (changed is None and memory != "own"):
+            if not kind.endswith(".output") or (changed is None and memory != "own"):
                 return changed
             # The model may change it in place, and whoever has looked is to keep what was.
             return (map_tensors(torch.Tensor.clone, value if changed is None else changed[0]),)
 
-        return Tap(module, visit)
+        return Tap(module, visit, lambda kind: (module, kind) in self._listening)
 
     def clear(self) -> None:
         """Listen for nothing any more."""

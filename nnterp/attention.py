@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from nnterp.rename_plan import RenamePlan
 
 #: The accessors, and which of the places of a layer's attention each reads and sets.
-NAMES = {"queries": "queries", "keys": "keys", "values": "values", "heads_output": "heads_output"}
+NAMES = {
+    "queries": "queries",
+    "keys": "keys",
+    "values": "values",
+    "attention_scores": "scores",
+    "attention_probabilities": "probabilities",
+    "heads_output": "heads_output",
+}
 
 #: Who knows where the values stand in which attention; the first that knows a place of a value is believed.
 _FINDERS: tuple[Callable[[Attention], AttentionPlaces], ...] = (kernel_places,)
@@ -57,11 +64,11 @@ class HeadAccess(ValueAccess):
     """
 
     def __init__(
-        self, root: Envoy, name: str, modules: tuple[str | None, ...], why_not: tuple[str, ...], groups: int
+        self, root: Envoy, name: str, modules: tuple[str | None, ...], why_not: tuple[str, ...], counts: tuple[int, int]
     ) -> None:
         places = tuple(None if path is None else Place(path, "call", name) for path in modules)
         super().__init__(root, name, places, why_not)
-        self._groups = groups
+        self._counts = counts
 
     def place(self, layer: int) -> Place:
         """Where layer ``layer``'s value stands.
@@ -72,7 +79,7 @@ class HeadAccess(ValueAccess):
             ClosedAttentionError: its attention cannot be opened.
         """
         path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
-        attention = Attention(self._root.get(path), path, self._groups)
+        attention = Attention(self._root.get(path), path, *self._counts)
         reasons = []
         for find in _FINDERS:
             found: Place | str = getattr(find(attention), NAMES[self.name])
@@ -80,6 +87,16 @@ class HeadAccess(ValueAccess):
                 return replace(found, label=label)
             reasons.append(found)
         raise ClosedAttentionError(label, reasons[-1])
+
+    def is_open(self, layer: int) -> bool:
+        """Whether the layer has attention that can be opened as the model runs now."""
+        if not self.has(layer):
+            return False
+        try:
+            self.place(layer)
+        except ClosedAttentionError:
+            return False
+        return True
 
     def _open(self, layer: int) -> Place:
         place = self.place(layer)
@@ -98,15 +115,44 @@ class HeadAccess(ValueAccess):
         write(self._root, self._open(layer), value)
 
 
+class AttentionAccess(HeadAccess):
+    """``attention_scores[i]``, ``attention_probabilities[i]``: (batch, head, query, key), read and set.
+
+    Scores are what the softmax takes: scaled, masked and capped as the family does it. Probabilities are what the
+    values are multiplied by; for each query they add up to 1. What a query may not see scores minus infinity and has
+    the probability 0; so has everything, for a query that may see nothing at all, as those of padding may.
+
+    A fast kernel shows neither. Where one is asked for, both are computed beside the kernel, for that layer and pass
+    alone; the model goes on with the kernel's own numbers, except for the queries whose probabilities were changed. In
+    models of half precision they are float32, as in the kernel.
+
+    >>> from nnterp import StandardizedTransformer
+    >>> model = StandardizedTransformer("demo-llama")
+    >>> with model.trace("The Eiffel Tower"):
+    ...     model.attention_scores[1][:, 2, :, 0] = -float("inf")      # head 2 of layer 1 does not see the first token
+    ...     probabilities = model.attention_probabilities[1].save()
+    ...     logits = model.logits.save()
+    >>> probabilities[0, 2, 1].tolist()
+    [0.0, 1.0, 0.0]
+
+    Raises:
+        ClosedAttentionError: the layer's attention cannot be opened.
+        SourceError: the kernel drops out probabilities at random, as in training.
+        ShapeError: what is set has another shape.
+    """
+
+
 class Heads:
     """The heads of a :class:`~nnterp.StandardizedTransformer`: all read and set, in the order in which they are made.
 
-    See :class:`HeadAccess`.
+    See :class:`HeadAccess` and :class:`AttentionAccess`.
     """
 
     queries: HeadAccess
     keys: HeadAccess
     values: HeadAccess
+    attention_scores: AttentionAccess
+    attention_probabilities: AttentionAccess
     heads_output: HeadAccess
     attentions_output: ValueAccess
     num_heads: int
@@ -117,5 +163,13 @@ class Heads:
         parts = tuple(each.part("attention") for each in self._plan.layers)
         modules = tuple(part.module if part else None for part in parts)
         groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
+        counts = groups, self.num_heads or 0
         for name in NAMES:
-            setattr(self, name, HeadAccess(root, name, modules, self.attentions_output._why_not, groups))
+            kind = AttentionAccess if name.startswith("attention_") else HeadAccess
+            setattr(self, name, kind(root, name, modules, self.attentions_output._why_not, counts))
+
+    @property
+    def attn_probs_available(self) -> bool:
+        """Whether ``attention_probabilities`` can be read of some layer of this model as it runs now."""
+        access = self.attention_probabilities
+        return any(access.is_open(layer) for layer in range(len(access)))

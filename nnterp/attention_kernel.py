@@ -6,6 +6,7 @@ The kernel stays, and nothing is computed twice.
 from __future__ import annotations
 
 import dis
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
@@ -21,19 +22,44 @@ _ARGUMENTS = ("query", "key", "value")
 
 def kernel_places(attention: Attention) -> AttentionPlaces:
     """The values of attention that hands its heads to ``scaled_dot_product_attention``, once in each call."""
-    why = _why_closed(attention.envoy._module)
+    module = attention.envoy._module
+    why = _why_closed(module)
     if why is not None:
         return AttentionPlaces.closed(why)
-    given = {}
-    for name, argument in zip(("queries", "keys", "values"), _ARGUMENTS, strict=True):
-        get, put = partial(_argument, argument, attention.groups), partial(_with_argument, argument, attention.groups)
-        given[name] = Place(attention.path, f"{_KERNEL}.input", name, get, put)
+    heads = _Heads(getattr(module, "num_key_value_groups", None) or attention.groups, attention.heads)
+
+    def argument(name: str) -> Place:
+        get, put = partial(_argument, name, heads), partial(_with_argument, name, heads)
+        return Place(attention.path, f"{_KERNEL}.input", name, get, put)
+
+    def result(what: str) -> Place:
+        return Place(attention.path, f"{_KERNEL}.{what}", what, heads.apart, _in_form)
+
     return AttentionPlaces(
-        **given,
-        scores="the kernel does not show them.",
-        probabilities="the kernel does not show them.",
-        heads_output=Place(attention.path, f"{_KERNEL}.output", "heads_output"),
+        queries=argument("query"),
+        keys=argument("key"),
+        values=argument("value"),
+        scores=result("scores"),
+        probabilities=result("probabilities"),
+        heads_output=result("output"),
     )
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How many heads of queries there are to one of keys, and in all; 0 if nobody knows."""
+
+    groups: int
+    count: int
+
+    def apart(self, value: torch.Tensor) -> torch.Tensor:
+        """(batch, head, query, ...): of a single query, heads with the same keys may stand in the place of queries."""
+        is_packed = self.groups > 1 and value.shape[1] != self.count == value.shape[1] * value.shape[2]
+        return value.flatten(1, 2)[:, :, None] if is_packed and value.shape[2] == self.groups else value
+
+
+def _in_form(value: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return new.reshape(value.shape)
 
 
 def _why_closed(module: torch.nn.Module) -> str | None:
@@ -56,25 +82,27 @@ def _calls(code: CodeType | None) -> int:
     return max(1, sum(each.argrepr.count("attention_interface") for each in loads))
 
 
-def _argument(name: str | None, groups: int, call: Any) -> Any:
-    value = _given(name, call)
-    return value[:, ::groups] if _is_repeated(groups, _given("query", call), value) else value
+def _argument(name: str, heads: _Heads, call: Any) -> torch.Tensor:
+    value, query = _given(name, call), heads.apart(_given("query", call))
+    if name == "query":
+        return query
+    return value[:, :: heads.groups] if _is_repeated(heads.groups, query, value) else value
 
 
-def _given(name: str | None, call: Any) -> torch.Tensor:
+def _given(name: str, call: Any) -> torch.Tensor:
     args, kwargs = call
-    assert name is not None
     position = _ARGUMENTS.index(name)
     value: torch.Tensor = args[position] if position < len(args) else kwargs[name]
     return value
 
 
-def _with_argument(name: str | None, groups: int, call: Any, new: Any) -> Any:
+def _with_argument(name: str, heads: _Heads, call: Any, new: torch.Tensor) -> Any:
     args, kwargs = call
-    assert name is not None
-    position = _ARGUMENTS.index(name)
-    if new.shape != _given(name, call).shape:
-        new = new.repeat_interleave(groups, 1)
+    position, old = _ARGUMENTS.index(name), _given(name, call)
+    if name == "query":
+        new = _in_form(old, new)
+    elif new.shape != old.shape:
+        new = new.repeat_interleave(heads.groups, 1)
     if position < len(args):
         return (*args[:position], new, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: new}
@@ -83,7 +111,7 @@ def _with_argument(name: str | None, groups: int, call: Any, new: Any) -> Any:
 def _is_repeated(groups: int, query: torch.Tensor, value: torch.Tensor) -> bool:
     # Under a mask the kernel takes keys and values that have been repeated for every query head. A head for every
     # query head alone does not tell: a family may make as many by other means.
-    if groups == 1 or value is query or value.shape[1] != query.shape[1]:
+    if groups == 1 or value.shape[1] != query.shape[1]:
         return False
     once = value[:, ::groups]
     return torch.equal(once.repeat_interleave(groups, 1), value)

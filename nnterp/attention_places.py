@@ -16,11 +16,13 @@ class Attention:
         envoy: its module.
         path: the module's full path.
         groups: how many heads of queries there are to each head of keys.
+        heads: how many heads of queries there are; 0 if nobody knows.
     """
 
     envoy: Envoy
     path: str
     groups: int
+    heads: int
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     ``mixers_norm_scale[i]``, ``attentions_norm_scale[i]`` and ``mlps_norm_scale[i]``, (batch, position, 1), are what
     norms divide by. Where a layer routes: ``router_logits[i]``, ``expert_indices[i]``, ``expert_weights[i]`` and
     ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
-    ``queries[i]``, ``keys[i]``, ``values[i]`` and ``heads_output[i]`` are (batch, head, position, head_dim).
+    ``queries[i]``, ``keys[i]``, ``values[i]`` and ``heads_output[i]`` are (batch, head, position, head_dim),
+    ``attention_scores[i]`` and ``attention_probabilities[i]`` (batch, head, query, key).
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:

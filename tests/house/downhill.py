@@ -144,6 +144,7 @@ ORDER = (
     "nnsight_core/taps.py",
     "nnsight_core/compiled.py",
     "nnsight_core/operations.py",
+    "nnsight_core/kernels.py",
     "nnsight_core/operators.py",
     "nnsight_core/shapes.py",
     "nnsight_core/input_errors.py",
