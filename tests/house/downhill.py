@@ -31,6 +31,7 @@ ORDER = (
     "nnterp/interventions/*.py",
     "nnterp/interventions/activation_patching.py",
     "nnterp/interventions/sweep.py",
+    "nnterp/interventions/target_prompts.py",
     "nnterp/interventions/sites.py",
     "nnterp/interventions/metrics.py",
     "nnterp/prompt_utils.py",
