@@ -144,10 +144,14 @@ def _gradients(
     with torch.enable_grad(), model.trace(ids):
         if embeddings is not None:
             model.token_embeddings = embeddings
-        # What comes before the first of the values needs no gradient, nor do the parameters: this is the leaf.
-        accessor[layers[0]] = accessor[layers[0]].value.detach().requires_grad_()
         for layer in layers:
-            values.append(accessor[layer].value)
+            value = accessor[layer].value
+            # What comes before the first of the values needs no gradient, nor do the parameters: this is the leaf.
+            value = value.view_as(value) if values else value.detach().requires_grad_()
+            # What stands here may stand elsewhere too, as the input of a parallel MLP does. The copy goes on from here
+            # alone, and the model may write into it.
+            accessor[layer] = value.clone()
+            values.append(value)
         total = measured(metric, model.logits.value).sum()
         if not total.requires_grad:
             raise UsageError(

@@ -35,7 +35,7 @@ def gradient(case: Case, ids: torch.Tensor, at: hooks.Place, start: torch.Tensor
 
 
 @pytest.mark.parametrize("steps", [None, 3])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "jamba"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "jamba", "cohere", "falcon"])
 def test_estimates_are_the_gradients_that_autograd_gives(family: str, steps: int | None) -> None:
     case = Case(family)
     clean, corrupted = pair(2, 5)
