@@ -79,12 +79,12 @@ def ablation(
         batch_size: how many rows go through the model at once.
 
     Returns:
-        For each kind of site the metric, (prompt, layer); with ``each_position`` (prompt, layer, position).
+        For each kind of site the metric, ``(prompt, layer[, head][, position])`` (with ``each_position``).
 
     Raises:
         UsageError: the method is unknown, or needs reference prompts, or has no use for them.
         PromptPairError: prompts differ in length.
-        LayerIndexError, PositionError, MissingPartError: as for activation patching.
+        LayerIndexError, PositionError, MissingPartError, ClosedAttentionError: as in activation patching.
     """
     if method not in METHODS:
         raise UsageError(f"There is no ablation {method!r}. {did_you_mean(method, METHODS)} Give one of {METHODS}.")

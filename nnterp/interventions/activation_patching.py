@@ -2,6 +2,7 @@
 
 result = activation_patching(model, clean, corrupted, logit_difference(model, " Mary", " John"))
 result.recovered("layers_output")           # (layer, position): 0 as corrupted, 1 as clean
+activation_patching(model, clean, corrupted, metric, "heads_output")      # by (layer, head)
 
 The model runs on the corrupted prompt, and one site at a time has the value that it has in the clean run: causal
 mediation analysis (Vig et al. 2020, https://arxiv.org/abs/2004.12265), causal tracing (Meng et al. 2022,
@@ -107,21 +108,21 @@ def activation_patching(
         metric: from logits (prompt, position, vocab) to (prompt); see :mod:`nnterp.interventions.metrics`.
         sites: names of accessors. The residual stream: ``layers_output``, ``layers_input``; attention:
             ``attentions_output`` (or ``mixers_output``, which layers without attention have too); ``mlps_output``; the
-            inputs of those.
+            inputs of those. By head: ``heads_output``, ``queries``, ``keys``, ``values`` (``num_kv_heads`` of these).
         layers: the layers; all if None. Negative ones count from the last.
-        positions: the positions; all if None. Negative ones count from the last.
-        each_position: patch each position by itself, or all of ``positions`` together; by itself if None.
+        positions: the positions; likewise.
+        each_position: each position by itself, or all of ``positions`` together; if None together for heads alone.
         batch_size: how many rows go through the model at once.
 
     Returns:
-        For each kind of site the metric, (prompt, layer, position); NaN where a layer has no such part.
+        For each kind of site the metric, ``(prompt, layer[, head][, position])``; NaN where a layer has no such part.
 
     Raises:
         PromptPairError: the prompts differ in number or in their number of tokens.
         UsageError: there are no such sites, or the metric gives something else than one number for each prompt.
-        LayerIndexError: the model has no such layer.
-        PositionError: the prompts have no such position.
+        LayerIndexError, PositionError: the model has no such layer, the prompts no such position.
         MissingPartError: no layer of the model has such a part.
+        ClosedAttentionError: heads are asked for, and the model's attention does not show them.
     """
     clean_ids, corrupted_ids = prompt_pair(model, clean, corrupted)
     kinds, wanted = chosen_kinds(model, sites), chosen_layers(model, layers)

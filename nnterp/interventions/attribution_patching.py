@@ -68,18 +68,18 @@ def attribution_patching(
         clean: the prompts whose values are put, as for :func:`~nnterp.interventions.activation_patching`.
         corrupted: the prompts that are run, as there.
         metric: from logits (prompt, position, vocab) to (prompt), by differentiable operations.
-        sites: names of accessors, as there.
+        sites: names of accessors, as there. Of ``queries`` and ``keys`` it is poor where attention is all but settled.
         layers: the layers; all if None.
         positions: the positions; all if None.
-        each_position: each position by itself, or all of ``positions`` together; by itself if None.
+        each_position: each position by itself, or all of ``positions`` together; if None together for heads alone.
         steps: None for the gradient of the corrupted run; a number for the mean of the gradients at so many points,
             evenly spread on the way to the clean embeddings (midpoints).
 
     Returns:
-        The metric that each patch is estimated to give, (prompt, layer, position); NaN where a layer has no such part.
+        The metric that each patch is estimated to give, ``(prompt, layer[, head][, position])``; NaN where none is.
 
     Raises:
-        PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError: as for activation patching.
+        PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError, ClosedAttentionError: as there.
         CannotError: ``steps`` is given, and this family's token embeddings cannot be set.
     """
     if steps is not None and steps < 1:

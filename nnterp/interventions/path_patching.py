@@ -12,6 +12,7 @@ corrupted prompt the receivers take that, and everything else follows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["path_patching", "Receiver", "RECEIVERS", "SENDERS"]
 
 #: What adds to the residual stream.
-SENDERS = ("attentions_output", "mixers_output", "mlps_output", *(kind for kind in HEADS if kind == "heads_output"))
+SENDERS = ("attentions_output", "mixers_output", "mlps_output", "heads_output")
 
 #: What a path may end at: what a part takes, or what a layer does.
 RECEIVERS = (
@@ -50,7 +51,9 @@ RECEIVERS = (
     "mixers_input",
     "mlps_input",
     "layers_output",
-    *(kind for kind in HEADS if kind != "heads_output"),
+    "queries",
+    "keys",
+    "values",
 )
 
 #: A kind of site and a layer; of ``queries`` and the like also a head.
@@ -86,22 +89,23 @@ def path_patching(
         clean: the prompts that give the senders' values, as for :func:`~nnterp.interventions.activation_patching`.
         corrupted: the prompts that are run, as there.
         metric: from logits (prompt, position, vocab) to (prompt).
-        senders: ``attentions_output`` (or ``mixers_output``), ``mlps_output``.
-        receivers: some of :data:`RECEIVERS`, a layer each, all patched together at all positions. The last layer's
-            output, the default, is the direct path to the logits.
+        senders: some of :data:`SENDERS`; ``heads_output`` sends one head at a time.
+        receivers: some of :data:`RECEIVERS` with a layer, all patched together at all positions: ``("mlps_input", 3)``.
+            Of ``queries``, ``keys`` and ``values`` also one head: ``("queries", 3, 0)``. The last layer's output, the
+            default, is the direct path to the logits.
         layers: the senders' layers; all if None.
         positions: the senders' positions; all if None.
-        each_position: send from each position by itself, or from all of ``positions`` together; by itself if None.
+        each_position: each position by itself, or all of ``positions`` together; if None together for heads alone.
         freeze_mlps: hold the MLPs in between still (Goldowsky-Dill), or let them follow the sender, so that paths
             through MLPs count as direct (Wang).
         batch_size: how many rows go through the model at once.
 
     Returns:
-        For each kind of sender the metric, (prompt, layer, position); as corrupted where the sender comes after all
-        receivers, NaN where a layer has no such part.
+        For each kind of sender the metric, ``(prompt, layer[, head][, position])``; as corrupted where the sender comes
+        after all receivers, NaN where a layer has no such part.
 
     Raises:
-        PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError: as for activation patching.
+        PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError, ClosedAttentionError: as there.
     """
     ids, corrupted_ids = prompt_pair(model, clean, corrupted)
     kinds, wanted = _senders(model, senders), chosen_layers(model, layers)
@@ -145,6 +149,23 @@ def _receivers(model: StandardizedTransformer, given: Sequence[Receiver]) -> dic
     return found
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a run holds still, but for the rows of the senders that it is about.
+
+    Args:
+        place: where it stands.
+        layer: in which layer.
+        sends: it is what senders of this layer send.
+        follows: what it is made of sends, and so it follows in the rows of senders of this layer.
+    """
+
+    place: Place
+    layer: int
+    sends: bool = False
+    follows: bool = False
+
+
 class _Paths:
     """Runs on the corrupted prompts in which senders of one kind reach the receivers straight.
 
@@ -168,18 +189,23 @@ class _Paths:
         self._freeze_mlps = freeze_mlps
         root: Any = model
         self._root = root
-        #: What a run comes by, in order: a place to hold, or the kind and layer of a receiver.
-        self._stops: list[Place | tuple[str, int]] = [
-            stop for layer in range(model.num_layers) for stop in self._stops_of(layer)
-        ]
-        held = [stop for stop in self._stops if isinstance(stop, Place)]
+        #: What a run comes by, in order: something to hold, or the kind and layer of a receiver.
+        self._stops = [stop for layer in range(model.num_layers) for stop in self._stops_of(layer)]
         with torch.no_grad(), model.trace(ids) as tracer:
-            self._still = {place: read(root, place).value for place in held}
+            self._announce()
+            self._still = {stop.place: read(root, stop.place).value for stop in self._stops if isinstance(stop, _Held)}
             tracer.stop()
 
-    def _stops_of(self, layer: int) -> list[Place | tuple[str, int]]:
+    def _announce(self) -> None:
+        """Tell the open trace at once inside which modules it is to look: half-way through one, it costs a dry run."""
+        for stop in self._stops:
+            place = stop.place if isinstance(stop, _Held) else getattr(self._model, stop[0]).place(stop[1])
+            if place.kind.startswith("source."):
+                _ = self._root.get(place.path).source
+
+    def _stops_of(self, layer: int) -> list[_Held | tuple[str, int]]:
         model, sender = self._model, getattr(self._model, self._kind)
-        stops: list[Place | tuple[str, int]] = self._ends(layer, "layers_input")
+        stops = self._ends(layer, "layers_input")
         for part in self._parts(layer):
             is_mixer = part is model._plan.layers[layer].mixer
             if part.kind == "attention":
@@ -191,13 +217,16 @@ class _Paths:
             if part.kind == "mlp":
                 stops += self._ends(layer, "mlps_input")
             if part.kind == "attention" and self._kind in HEADS and sender.has(layer):
-                # One head is changed, so the heads are what is held, and not what is made of them.
-                stops.append(sender.place(layer))
-            elif self._freeze_mlps or part.kind not in ("mlp", "also_added") or self._is_sender(part, layer):
-                stops.append(self._place(part, layer))
+                # Holding the heads would not do: a gate may come after them, which takes what the layer takes.
+                stops.append(_Held(sender.place(layer), layer, sends=True))
+                stops.append(_Held(self._place(part, layer), layer, follows=True))
+                continue
+            sends = self._is_sender(part, layer)
+            if self._freeze_mlps or part.kind not in ("mlp", "also_added") or sends:
+                stops.append(_Held(self._place(part, layer), layer, sends))
         return stops + self._ends(layer, "layers_output")
 
-    def _ends(self, layer: int, *kinds: str) -> list[Place | tuple[str, int]]:
+    def _ends(self, layer: int, *kinds: str) -> list[_Held | tuple[str, int]]:
         return [(kind, layer) for kind in kinds if (kind, layer) in self._receivers]
 
     def _is_sender(self, part: PartPlan, layer: int) -> bool:
@@ -227,22 +256,28 @@ class _Paths:
         self, senders: Sequence[Site], sources: Mapping[int, torch.Tensor]
     ) -> dict[tuple[str, int], torch.Tensor]:
         """What the receivers take; the senders, each with all prompts, are rows one after the other."""
-        prompts, model = len(self._ids), self._model
-        sender = getattr(model, self._kind)
+        model = self._model
         found: dict[tuple[str, int], torch.Tensor] = {}
         with torch.no_grad(), model.trace(self._ids.repeat(len(senders), 1)) as tracer:
+            self._announce()
             for stop in self._stops:
-                if not isinstance(stop, Place):
+                if isinstance(stop, _Held):
+                    self._hold(stop, senders, sources)
+                else:
                     found[stop] = getattr(model, stop[0])[stop[1]].value
-                    continue
-                still = self._still[stop]
-                value = still.repeat(len(senders), *(1,) * (still.ndim - 1))
-                for number, site in enumerate(senders):
-                    if sender.place(site.layer).path == stop.path:
-                        site.put(value[number * prompts : (number + 1) * prompts], sources[site.layer])
-                write(self._root, stop, value)
             tracer.stop()
         return found
+
+    def _hold(self, stop: _Held, senders: Sequence[Site], sources: Mapping[int, torch.Tensor]) -> None:
+        still, prompts = self._still[stop.place], len(self._ids)
+        value = still.repeat(len(senders), *(1,) * (still.ndim - 1))
+        for number, site in enumerate(senders):
+            rows = slice(number * prompts, (number + 1) * prompts)
+            if site.layer == stop.layer and stop.sends:
+                site.put(value[rows], sources[site.layer])
+            elif site.layer == stop.layer and stop.follows:
+                value[rows] = read(self._root, stop.place).value[rows]
+        write(self._root, stop.place, value)
 
     def measured(self, taken: Mapping[tuple[str, int], torch.Tensor], metric: Metric) -> list[torch.Tensor]:
         """The metric of each sender, (prompt), when the receivers take what is given."""
@@ -253,7 +288,10 @@ class _Paths:
                 accessor, heads = getattr(model, kind), self._receivers[kind, layer]
                 if heads is None:
                     accessor[layer] = value
-                else:
-                    accessor[layer][:, heads] = value[:, heads]
+                    continue
+                there = value.shape[1]
+                if not all(-there <= head < there for head in heads):
+                    raise UsageError(f"{kind}[{layer}] has {there} heads, and a path is to end at one of {heads}.")
+                accessor[layer][:, heads] = value[:, heads]
             found = [measured(metric, each).cpu() for each in model.logits.value.split(prompts)]
         return found

@@ -1,6 +1,6 @@
 """The places that a sweep goes through: which value, in which layer, of which head, at which positions.
 
-A kind of site is the name of an accessor: ``layers_output``, ``attentions_output``, ``mlps_output``, ... Every layer
+A kind of site is the name of an accessor: ``layers_output``, ``attentions_output``, ``heads_output``, ... Every layer
 that has such a part, and every position or head of it, is a site.
 """
 
@@ -46,7 +46,7 @@ STREAMS = (
     "layers_output",
 )
 #: Values of shape (batch, head, position, head_dim).
-HEADS: tuple[str, ...] = ()
+HEADS = ("heads_output", "queries", "keys", "values")
 
 #: Texts, or token ids of shape (prompt, position).
 Prompts = str | Sequence[str] | torch.Tensor
@@ -85,6 +85,8 @@ def chosen_kinds(model: StandardizedTransformer, sites: str | Sequence[str]) -> 
 
     Raises:
         UsageError: there is no such kind, or none was given.
+        MissingPartError: no layer of the model has such a part.
+        ClosedAttentionError: the model's attention does not show its heads.
     """
     kinds = (sites,) if isinstance(sites, str) else tuple(sites)
     known = (*STREAMS, *HEADS)
@@ -95,9 +97,9 @@ def chosen_kinds(model: StandardizedTransformer, sites: str | Sequence[str]) -> 
     if not kinds or len(set(kinds)) != len(kinds):
         raise UsageError(f"sites={sites!r}: give at least one kind of sites, and each once.")
     for kind in kinds:
-        if not any(getattr(model, kind).has(layer) for layer in range(model.num_layers)):
-            # Says why not.
-            getattr(model, kind).place(0)
+        there = (layer for layer in range(model.num_layers) if getattr(model, kind).has(layer))
+        # Says why not, if no layer has such a part or none that is open.
+        getattr(model, kind).place(next(there, 0))
     return kinds
 
 

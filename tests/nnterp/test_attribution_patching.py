@@ -9,29 +9,9 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import UsageError
 from nnterp.interventions import activation_patching, attribution_patching, logit_difference
 from nnterp.interventions.sites import STREAMS
-from tests.matrix import hooks
 from tests.matrix.models import Case
 from tests.nnterp import patching_oracle as oracle
 from tests.nnterp.test_activation_patching import CLEAN, CORRUPTED, entropy, pair
-
-
-def gradient(case: Case, ids: torch.Tensor, at: hooks.Place, start: torch.Tensor | None = None) -> torch.Tensor:
-    """The gradient of the metric's sum at a place, (prompt, position, hidden), by a hook that makes it a leaf."""
-    leaves: list[torch.Tensor] = []
-
-    def leaf(value: torch.Tensor) -> torch.Tensor:
-        leaves.append(value.detach().clone().requires_grad_())
-        # The model may write into what it is handed, and into a leaf nobody may.
-        return leaves[0].clone()
-
-    embedding = ("", "")
-    changes: dict[hooks.Place, hooks.Change] = {at: leaf}
-    if start is not None:
-        path = next(name for name, each in case.module.named_modules() if each is case.module.get_input_embeddings())
-        embedding = (path, "output")
-        changes[embedding] = lambda value: start
-    total = entropy(oracle.run(case, ids, changes)).sum()
-    return torch.autograd.grad(total, leaves[0])[0].view(*ids.shape, -1)
 
 
 @pytest.mark.parametrize("steps", [None, 3])
@@ -53,7 +33,7 @@ def test_estimates_are_the_gradients_that_autograd_gives(family: str, steps: int
                 continue
             with torch.no_grad():
                 change = oracle.read(case, clean, at) - oracle.read(case, corrupted, at)
-            mean = sum(gradient(case, corrupted, at, start) for start in starts) / len(starts)
+            mean = sum(oracle.gradient(case, corrupted, at, entropy, start) for start in starts) / len(starts)
             expected = before[:, None] + (change * mean).sum(-1)
             assert torch.allclose(result.values[kind][:, layer], expected, atol=1e-5)
 
