@@ -11,6 +11,7 @@ from nnsight_core.errors import OutOfOrderError
 from nnsight_core.operations import Memory
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
+from nnsight_core.values import Pair
 
 
 class Event:
@@ -19,7 +20,7 @@ class Event:
     It is itself the origin of a proxy that shows all of it.
     """
 
-    __slots__ = ("current", "kind", "label", "memory", "module", "replaced", "rows", "site", "value")
+    __slots__ = ("call", "current", "kind", "label", "memory", "module", "replaced", "rows", "site", "value")
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class Event:
         site: Site,
         rows: Rows | None = None,
         memory: Memory | None = None,
+        call: Pair | None = None,
     ) -> None:
         self.module = module
         self.kind = kind
@@ -41,6 +43,8 @@ class Event:
         self.rows = rows
         #: Of the value of an operation inside a module.
         self.memory = memory
+        #: Of a module's result: the call that gave it, as long as it is under way.
+        self.call = call
         #: The model waits at this event; once it has gone on, nothing can be changed here any more.
         self.current = True
 

@@ -39,7 +39,7 @@ HOOK_DICTS = (
 )
 
 
-def _keeps_hooks_running(module: torch.nn.Module, args: Any, output: Any) -> None:
+def _keeps_hooks_running(module: torch.nn.Module, *given: Any) -> None:
     """A hook that does nothing: its presence alone lets later hooks of a running module fire."""
 
 
@@ -89,6 +89,8 @@ class HookBoard:
                 self._arm(ancestor)
         if kind == "output":
             if not self._hooked.get(module):
+                # The mark comes first and goes last, as that of an input does.
+                module._forward_hooks_with_kwargs[self._key] = True
                 self._put(module, self._on_output)
                 self._hooked[module] = True
             return
@@ -210,11 +212,13 @@ class HookBoard:
         # A copy of the model that is made, or written to a file, meanwhile has nothing to do with this pass.
         return _nobodys_board, ()
 
-    def _on_output(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+    def _on_output(self, module: torch.nn.Module, args: Any, *given: Any) -> Any:
         # Another thread, task or trace may run the same module: it never sees these hooks.
         if getcurrent() is not self.coroutine():
             return None
-        changed = self._deliver(module, "output", output)
+        # Of keyword arguments and output, torch leaves the former out for who is taking the hook off meanwhile.
+        call = (args, given[0] if len(given) > 1 else {})
+        changed = self._deliver(module, "output", given[-1], None, call)
         return None if changed is None else changed[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -228,8 +232,10 @@ class HookBoard:
         """Remove every hook."""
         key = self._key
         if self._hooked:
-            for module in self._hooked:
+            for module, delivers in self._hooked.items():
                 module._forward_hooks.pop(key, None)
+                if delivers:
+                    module._forward_hooks_with_kwargs.pop(key, None)
             self._hooked.clear()
             self._armed_last = None
         if self._gates:

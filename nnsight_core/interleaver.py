@@ -38,7 +38,7 @@ from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 from nnsight_core.taps import Deliver
 from nnsight_core.turns import Turns
-from nnsight_core.values import map_tensors
+from nnsight_core.values import Pair, map_tensors
 from nnsight_core.witness import Order, missing_operation, too_late_or_never
 
 
@@ -186,7 +186,12 @@ class Interleaver(Turns):
     # The model's side.
 
     def _arrived(
-        self, module: torch.nn.Module, kind: str, value: Any, memory: Memory | None = None
+        self,
+        module: torch.nn.Module,
+        kind: str,
+        value: Any,
+        memory: Memory | None = None,
+        call: Pair | None = None,
     ) -> tuple[Any] | None:
         if self._is_aside:
             return None
@@ -197,9 +202,9 @@ class Interleaver(Turns):
             return None
         first = self._waiting[clients[0]]
         outer, calls = self.event, self._calls
-        self.event = event = Event(module, kind, first.label, value, first.site, self._rows, memory)
+        self.event = event = Event(module, kind, first.label, value, first.site, self._rows, memory, call)
         self._is_aside = True
-        del value
+        del value, call
         try:
             while clients:
                 client = clients.pop(0)
@@ -222,6 +227,7 @@ class Interleaver(Turns):
             raise Unwind from error
         finally:
             event.current = False
+            event.call = None
             self.event, self._is_aside = outer, False
         if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
             self._failure = RecomputedError(event.label, event.site)

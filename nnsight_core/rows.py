@@ -76,6 +76,15 @@ class Rows:
         shared = set(shape) <= {1, positions} or (shape[0] == 1 and len(shape) > 2)
         return None if shared else "unclear"
 
+    def of_first_axis(self, length: int) -> slice:
+        """These rows along an axis that is known to be the batch, or (batch * sample), ``length`` long.
+
+        >>> Rows(1, 2, 3).of_first_axis(6)
+        slice(2, 6, None)
+        """
+        each = length // self.total
+        return slice(self.start * each, (self.start + self.size) * each)
+
     def take(self, value: Any, place: Place | None = None) -> Any:
         """The part of ``value`` that belongs to these rows; ``place`` is where it comes from.
 

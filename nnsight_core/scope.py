@@ -118,6 +118,7 @@ class Scope:
         "open",
         "padding",
         "prompt_length",
+        "rows",
         "run",
         "run_hooked",
         "tape",
@@ -134,6 +135,8 @@ class Scope:
         self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._inputs: Mapping[str, Any] = _NO_INPUTS
         self._rows: Rows | None = None
+        #: Which rows of the batch belong here; None if all do.
+        self.rows: Rows | None = None
         self._rows_of: Place | None = None
         #: How many padding tokens stand left of each prompt; how long the padded prompts are.
         self.padding: Sequence[int] | None = None
@@ -150,6 +153,7 @@ class Scope:
     def give_inputs(self, inputs: Mapping[str, Any], rows: Rows | None = None, place: Place | None = None) -> None:
         """Say what the model is called with, and which rows of it belong here; ``place`` is where they come from."""
         self._inputs, self._rows, self._rows_of = inputs, rows, place
+        self.rows = rows
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -245,7 +249,7 @@ class Scope:
     def close(self, keep: bool = False) -> None:
         """End the scope: proxies that were not saved lose their values, unless they are to be kept for a session."""
         self.open = False
-        self._inputs, self._rows, self._rows_of = _NO_INPUTS, None, None
+        self._inputs, self._rows, self._rows_of, self.rows = _NO_INPUTS, None, None, None
         self.tape = self.run_hooked = None
         self._originals = None
         if self._gradients is not None:

@@ -159,10 +159,15 @@ def write(root: Envoy, place: Place, value: Any) -> None:
     current = read(root, place, setting=True)
     # After `layers_output[i] += x` Python assigns the very proxy that was read and changed in place.
     if not is_same_value(current, value):
-        current.update_value(_fitted, place.label, value)
+        current.update_value(fitted, place.label, value)
 
 
-def _fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:
+def fitted(old: torch.Tensor, label: str, new: Any) -> torch.Tensor:
+    """``new`` for the place of ``old``; a plain number fills it.
+
+    Raises:
+        ShapeError: it has another shape.
+    """
     if isinstance(new, (int, float)):
         return torch.full_like(old, new)
     if not isinstance(new, torch.Tensor) or new.shape != old.shape:

@@ -234,6 +234,7 @@ class _Finder:
             sum_norm=find("sum_norm"),
             multiplier=part.multiplier,
             stream_multiplier=part.stream_multiplier,
+            state=part.state,
         )
 
     def _first(self, choice: tuple[str, ...], layer: str) -> str | None:

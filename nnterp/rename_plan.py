@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nnterp.errors import UnknownNameError, nearest
+from nnterp.kept_path import KeptPath
 from nnterp.multipliers import Multiplier
 
 __all__ = ["as_list", "join", "LayerPlan", "PartPlan", "RenameConfig", "RenamePlan"]
@@ -72,6 +73,8 @@ class PartPlan:
     #: What the contribution, and the stream that it is added to, are multiplied by.
     multiplier: Multiplier | None = None
     stream_multiplier: Multiplier | None = None
+    #: Where the state after the last position is kept; empty where there is none.
+    state: tuple[KeptPath, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

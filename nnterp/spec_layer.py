@@ -9,6 +9,7 @@ import dataclasses
 import yaml
 
 from nnterp.errors import MissingKeyError
+from nnterp.kept_path import KeptPath, read_kept_paths
 from nnterp.multipliers import Multiplier, read_multiplier
 from nnterp.spec_reader import Place, key, read_name, read_path_choice, read_path_or_null, section
 
@@ -38,6 +39,8 @@ class Part:
     stream_multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
     #: Where parts of several kinds have one path, what lies below it in this kind.
     has: tuple[str, ...] = key(read_path_choice, "what the module holds where it is of this kind", ())
+    #: Several where a state is several tensors.
+    state: tuple[KeptPath, ...] = key(read_kept_paths, "where its state after the last position is kept", ())
 
 
 def _part(place: Place) -> Part | None:

@@ -35,6 +35,7 @@ from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
 from nnterp.experts import Experts
+from nnterp.mixer_states import StateAccess
 from nnterp.naming import name_modules, serving_spec
 from nnterp.norms import Norms
 from nnterp.rename import PartPlan, RenameConfig
@@ -60,7 +61,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     Values, read and set, of shape (batch, position, hidden) unless said: ``token_embeddings``,
     ``layers_input[i]``, ``layers_output[i]``, ``attentions_input[i]``, ``attentions_output[i]``, ``mlps_input[i]``,
     ``mlps_output[i]``, ``logits`` (batch, position, vocab). ``mixers_input[i]`` and ``mixers_output[i]`` are there for
-    every layer: its attention, or what it has instead, such as a state-space mixer. ``ln_final_scale``,
+    every layer: its attention, or what it has instead, such as a state-space mixer, whose state after the last position
+    is ``mixers_state[i]``, see :class:`~nnterp.mixer_states.StateAccess`. ``ln_final_scale``,
     ``mixers_norm_scale[i]``, ``attentions_norm_scale[i]`` and ``mlps_norm_scale[i]``, (batch, position, 1), are what
     norms divide by. Where a layer routes: ``router_logits[i]``, ``expert_indices[i]``, ``expert_weights[i]`` and
     ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
@@ -111,6 +113,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     mixers_input: ValueAccess
     mixers_output: ValueAccess
     mixers_contribution: ValueAccess
+    mixers_state: StateAccess
     mlps_input: ValueAccess
     mlps_output: ValueAccess
     mlps_contribution: ValueAccess
@@ -207,6 +210,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
         self._add_norms(root, shape)
         self._add_experts(root)
         self._add_heads(root)
+        self.mixers_state = StateAccess(root, layers, self._spec)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

@@ -16,7 +16,7 @@ import torch
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
-from tests.matrix import experts, hooks, norms
+from tests.matrix import experts, hooks, norms, states
 from tests.matrix.models import Case
 
 #: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
@@ -361,4 +361,5 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     "invokes": invokes,
     **norms.PROMISES,
     **experts.PROMISES,
+    **states.PROMISES,
 }

@@ -21,7 +21,7 @@ import torch
 from nnterp.architectures import load_specs
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
-from tests.matrix import experts, norms
+from tests.matrix import experts, norms, states
 from tests.matrix.models import HERE, MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -107,7 +107,7 @@ def _said(case: Case, promise: str) -> str:
 
 
 def _has(case: Case, name: str) -> bool:
-    present = {**norms.PRESENT, **experts.PRESENT}
+    present = {**norms.PRESENT, **experts.PRESENT, **states.PRESENT}
     if name in present:
         return present[name](case)
     part = {"attentions": "attn", "mlps": "mlp"}.get(name)
@@ -146,6 +146,7 @@ HEADINGS = {
     "expert_indices": "indices",
     "expert_weights": "weights",
     "experts_output": "experts",
+    "mixers_state": "state",
 }
 SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
 
@@ -178,6 +179,8 @@ asked for raises an error that gives it.
 | directions | what the final norm gives, times `unembedding_directions`, makes the logits |
 | router, indices, | `router_logits`, `expert_indices`, `expert_weights` and `experts_output` read what hooks on both |
 | weights, experts | modules read, each input its own rows; what is set gives the logits that hooks give |
+| state | `mixers_state` is what the model itself keeps for the next token, after each step of a generation |
+| | and for each input of a batch; the next step goes on from what is set |
 
 In all of them, the model afterwards is what it was, to the bit, and no hook is left on it.
 
