@@ -1,5 +1,6 @@
 """Figures of what the interventions find: plotly figures that are returned, and shown by whoever wants to see them."""
 
-from nnterp.pictures.patching import check_plotly, plot_patching
+from nnterp.pictures.drawing import check_plotly
+from nnterp.pictures.patching import plot_patching
 
 __all__ = ["check_plotly", "plot_patching"]

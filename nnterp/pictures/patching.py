@@ -6,7 +6,6 @@ plot_patching(activation_patching(model, clean, corrupted, metric)).write_html("
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +13,12 @@ import torch
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import PatchingResult
 from nnterp.interventions.sweep import SweepResult
-from nnterp.lens_table import visible
+from nnterp.pictures.drawing import as_label, check_plotly
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["check_plotly", "plot_patching"]
+__all__ = ["plot_patching"]
 
 #: Pixels: of a row and a column of cells, of what stands around a map, and of the whole.
 ROW, COLUMN, BETWEEN, AROUND = 26, 62, 100, 190
@@ -28,16 +27,6 @@ LETTER, WIDEST = 7, 130
 NARROWEST = 620
 #: So many cells in a map still have room for their numbers.
 NUMBERED = 400
-
-
-def check_plotly() -> None:
-    """Say at once, and not after a long sweep, that no picture can be drawn.
-
-    Raises:
-        UsageError: plotly is not installed.
-    """
-    if find_spec("plotly") is None:
-        raise UsageError("Pictures are drawn with plotly, which is not installed: pip install 'nnsight-core[display]'.")
 
 
 def plot_patching(
@@ -148,15 +137,10 @@ def _columns(result: SweepResult, kind: str) -> tuple[list[str], str]:
     clean = result.clean_tokens if isinstance(result, PatchingResult) else result.tokens
     labels = []
     for position in result.positions:
-        here, there = visible(result.tokens[position]), visible(clean[position])
-        mark = "" if here == there else f"<br>({_plain(there)})"
-        labels.append(f"{_plain(here)}<br>{position}{mark}")
+        here, there = as_label(result.tokens[position]), as_label(clean[position])
+        mark = "" if here == there else f"<br>({there})"
+        labels.append(f"{here}<br>{position}{mark}")
     return labels, "token and position; in brackets the token of the clean prompt, where it differs"
-
-
-def _plain(token: str) -> str:
-    # plotly reads labels as HTML, and a token may well be "<b>".
-    return token.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _ticks(labels: Iterable[str]) -> dict[str, object]:
