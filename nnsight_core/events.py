@@ -17,7 +17,8 @@ from nnsight_core.values import Pair
 class Event:
     """One value at the moment at which the model hands it over: a module's call (``input``) or result (``output``).
 
-    It is itself the origin of a proxy that shows all of it.
+    It is itself the origin of a proxy that shows all of it. Without a ``label`` it is called by its line, which is
+    looked up only if an error is to show it.
     """
 
     __slots__ = ("call", "current", "kind", "label", "memory", "module", "replaced", "rows", "site", "value")
@@ -87,7 +88,8 @@ class Event:
         OutOfOrderError: the model has gone on.
         """
         if not self.current:
-            raise OutOfOrderError(self.label, user_site(), self.label, self.site, setting=True)
+            label = self.label or self.site.source or "a gradient"
+            raise OutOfOrderError(label, user_site(), label, self.site, setting=True)
 
 
 class PastEvent(Event):

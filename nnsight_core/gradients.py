@@ -117,7 +117,7 @@ class GradientTape(Tape):
                 return None
             # Not removed here: torch is going through the hooks of this tensor.
             self._done.append(self._awaited.pop(id(pending))[1])
-            event = Event(tensor, "gradient", site.source or "a gradient", gradient, site)
+            event = Event(tensor, "gradient", "", gradient, site)
             arrive(pending, self.scope.proxy(gradient, event.origin()))
             for tape in self._backwards.tapes:
                 tape.advance()

@@ -142,10 +142,13 @@ class Checkpoint:
         return model  # type: ignore[no-any-return]
 
     def tokenizer(self, **options: Any) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that belongs to the model, or None where there is none: token ids can then still be given."""
+        """The tokenizer that belongs to the model, or None where there is none: token ids can then still be given.
+
+        It pads on the left unless the options say otherwise, so that what it makes can be given to a trace.
+        """
         shared = {name: each for name, each in self._options.items() if name in (*_WHERE, "trust_remote_code")}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **{**shared, **options})
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **{"padding_side": "left", **shared, **options})
         except (OSError, ValueError, KeyError):
             return None
         except ImportError as error:

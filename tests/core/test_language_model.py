@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nnsight_core import EmptyPromptError, LanguageModel, ModelNotFoundError, PromptTooLongError
 from nnsight_core.input_errors import InputError
+from nnterp.demo_models import demo_model_path
 from tests.families import tiny_model
 
 FAMILIES = ["gpt2", "llama", "opt", "gemma2"]
@@ -85,6 +86,21 @@ def test_a_batch_that_is_padded_already(gpt2: LanguageModel) -> None:
     given, made = hidden_of(gpt2, batch)[1], hidden_of(gpt2, TEXTS)[1]
     for row, ids in enumerate(IDS):
         assert torch.equal(given[row, -len(ids) :], made[row, -len(ids) :])
+
+
+def test_the_tokenizer_of_a_model_pads_where_a_trace_takes_it() -> None:
+    model = LanguageModel(demo_model_path("demo-llama"))
+    assert model.tokenizer is not None
+    batch = model.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    given, made = hidden_of(model, batch)[1], hidden_of(model, TEXTS)[1]
+    assert torch.equal(given[:, -1], made[:, -1])
+
+
+def test_a_tokenizer_that_is_asked_to_pad_on_the_right_does() -> None:
+    model = LanguageModel(demo_model_path("demo-llama"), tokenizer_kwargs={"padding_side": "right"})
+    batch = model.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with pytest.raises(InputError, match="padded on the right"), model.trace(batch):
+        model.lm_head.output.save()
 
 
 def test_prompts_are_padded_with_the_tokenizers_padding_token(gpt2: LanguageModel) -> None:
