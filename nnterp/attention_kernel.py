@@ -6,6 +6,7 @@ The kernel stays, and nothing is computed twice.
 from __future__ import annotations
 
 import dis
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CodeType
@@ -64,7 +65,8 @@ def _in_form(value: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 def _why_closed(module: torch.nn.Module) -> str | None:
     """Why the values of the module's heads cannot be reached; None if they can."""
-    calls = _calls(getattr(type(module).forward, "__code__", None))
+    # A release of transformers that renames an argument wraps the forward.
+    calls = _calls(getattr(inspect.unwrap(type(module).forward), "__code__", None))
     if not calls:
         return f"{type(module).__name__} does not hand its heads to one of transformers' attention functions."
     if calls > 1:

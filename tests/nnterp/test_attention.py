@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -118,3 +120,21 @@ def test_heads_that_are_alike_are_all_there() -> None:
     with torch.no_grad(), model.trace(torch.arange(5, 11)[None]):
         values = model.values[0].save()
     assert keys.shape == values.shape == (1, 4, 6, 8)
+
+
+def test_a_forward_that_is_wrapped_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of transformers wrap a forward, say to take an argument by its old name as well."""
+    model = StandardizedTransformer("demo-llama")
+    attention = type(model.attentions[1]._module)
+    plain = attention.forward
+
+    @wraps(plain)
+    def forward(*args: object, **kwargs: object) -> object:
+        return plain(*args, **kwargs)
+
+    with torch.no_grad(), model.trace("The Eiffel Tower"):
+        expected = model.queries[1].save()
+    monkeypatch.setattr(attention, "forward", forward)
+    with torch.no_grad(), model.trace("The Eiffel Tower"):
+        queries = model.queries[1].save()
+    assert torch.equal(queries, expected)
