@@ -17,12 +17,13 @@ from nnsight_core.values import first_tensor
 from nnterp.accessors import Layers, Place, StreamShape, ValueAccess, read, write
 from nnterp.calling import config_of
 from nnterp.errors import CannotError, MissingPartError, ShapeError, StackShapeError
+from nnterp.spec_layer import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nnsight_core.envoy import Envoy
-    from nnterp.rename_plan import RenamePlan
+    from nnterp.rename_plan import LayerPlan, RenamePlan
     from nnterp.spec import ArchitectureSpec
 
 __all__ = ["frozen", "FrozenNorm", "Norms", "NormScales", "probes"]
@@ -34,6 +35,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 
 NO_NORM = "it has no such part, or none that reads the stream through a norm."
+NO_SUM_NORM = "it has no such part, or the stream goes through no norm once what it gives is added."
 
 
 @dataclass(frozen=True)
@@ -133,21 +135,30 @@ class NormScales(Layers):
     """``mlps_norm_scale[i]`` and its kin: what the norm before a part divides by, (batch, position, 1).
 
     Set it, and the norm divides by that instead. A norm runs before its part: ask for its scale first.
+    ``mlps_sum_norm_scale[i]`` and its kin are the same of the norm that the stream itself goes through once the part is
+    added, as in BERT; it runs after its part.
 
     Args:
-        paths: the norm's full path for each layer, None where a part reads the stream through none.
+        paths: the norm's full path for each layer, None where there is none.
         shape: the axes of what the norms take and give.
         spec: says why, where what stands there is no norm.
     """
 
     def __init__(
-        self, root: Envoy, name: str, paths: tuple[str | None, ...], shape: StreamShape, spec: ArchitectureSpec
+        self,
+        root: Envoy,
+        name: str,
+        paths: tuple[str | None, ...],
+        shape: StreamShape,
+        spec: ArchitectureSpec,
+        why_not: str = NO_NORM,
     ) -> None:
         super().__init__(name, len(paths))
         self._spec = spec
         self._root = root
         self._paths = paths
         self._shape = shape
+        self._why_not = why_not
 
     def has(self, layer: int) -> bool:
         """Whether there is such a norm in the layer."""
@@ -157,7 +168,7 @@ class NormScales(Layers):
         index = self.position(layer)
         label, path = f"{self.name}[{index}]", self._paths[index]
         if path is None:
-            raise MissingPartError(label, NO_NORM)
+            raise MissingPartError(label, self._why_not)
         self._spec.refuse("norm_scales", label)
         return Place(path, kind, label, shape=self._shape)
 
@@ -183,11 +194,15 @@ def _seen(root: Envoy, place: Place, stream: Any = None) -> tuple[Any, Any, Any]
 class Norms:
     """What a :class:`~nnterp.StandardizedTransformer` knows of its norms."""
 
+    #: What the norm before a layer's mixer takes: (batch, position, hidden), read and set.
     layers_norm_input: ValueAccess
     layers_output: ValueAccess
     mixers_norm_scale: NormScales
     attentions_norm_scale: NormScales
     mlps_norm_scale: NormScales
+    mixers_sum_norm_scale: NormScales
+    attentions_sum_norm_scale: NormScales
+    mlps_sum_norm_scale: NormScales
     hidden_size: int
     _plan: RenamePlan
     _spec: ArchitectureSpec
@@ -201,11 +216,13 @@ class Norms:
             "mlps": [each.part("mlp") for each in layers],
         }
         for name, each in parts.items():
-            paths = tuple(part.norm if part else None for part in each)
-            setattr(self, f"{name}_norm_scale", NormScales(root, f"{name}_norm_scale", paths, shape, self._spec))
+            for kind, why_not in (("norm", NO_NORM), ("sum_norm", NO_SUM_NORM)):
+                paths = tuple(getattr(part, kind) if part else None for part in each)
+                scales = NormScales(root, f"{name}_{kind}_scale", paths, shape, self._spec, why_not)
+                setattr(self, scales.name, scales)
         places = tuple(
-            Place(part.norm, "input", f"layers_norm_input[{index}]", shape=shape) if part and part.norm else None
-            for index, part in enumerate(parts["mixers"])
+            Place(norm, "input", f"layers_norm_input[{index}]", shape=shape) if norm else None
+            for index, norm in enumerate(map(_first_norm, layers))
         )
         reasons = (NO_NORM,) * len(places)
         self.layers_norm_input = ValueAccess(root, "layers_norm_input", places, reasons, shape)
@@ -344,6 +361,12 @@ def _logits(modules: list[Any], at: torch.Tensor, ids: torch.Tensor, factor: flo
         given = module(at)
         at = first_tensor(getattr(given, "value", given))
     return at[torch.arange(len(ids)), 0, ids.to(at.device)] * factor
+
+
+def _first_norm(layer: LayerPlan) -> str | None:
+    """The norm through which the layer's mixers, or the MLP where it has nothing else, read the stream."""
+    mixers = [part for part in layer.parts if part.kind in KINDS] or layer.parts[:1]
+    return next((part.norm for part in mixers if part.norm), None)
 
 
 def _scale_of(norm: FrozenNorm) -> torch.Tensor:

@@ -10,6 +10,9 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import CannotError, MissingPartError, ShapeError, StackShapeError
 from nnterp.norms import frozen, probes
 from tests.families import tiny_inputs, tiny_model
+from tests.matrix import hooks
+from tests.matrix.models import MODEL_TYPES, Case
+from tests.matrix.models import tiny_model as matrix_model
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -121,3 +124,55 @@ def test_what_does_not_fit_says_so() -> None:
         bert.ln_final_scale.save()
     with pytest.raises(MissingPartError, match="reads the stream through a norm"), bert.trace(ids):
         bert.mixers_norm_scale[0].save()
+
+
+#: For each family the norm before the mixer of layer 1, written down from its source; None where there is none.
+FIRST_NORMS = {
+    "llama": "model.layers.1.input_layernorm",
+    "gpt2": "transformer.h.1.ln_1",
+    "gpt_neox": "gpt_neox.layers.1.input_layernorm",
+    "gemma2": "model.layers.1.input_layernorm",
+    "falcon_h1": "model.layers.1.input_layernorm",
+    "jamba": "model.layers.1.input_layernorm",
+    "rwkv": "rwkv.blocks.1.ln1",
+    "nemotron_h": "model.layers.1.norm",
+    "xlnet": None,
+    "bert": None,
+    "bart": None,
+    "olmo2": None,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", [name for name in FIRST_NORMS if name in MODEL_TYPES])
+@torch.no_grad()
+def test_layers_norm_input_is_what_a_hook_on_the_norm_sees(model_type: str) -> None:
+    case, path = Case(model_type), FIRST_NORMS[model_type]
+    values = case.model.layers_norm_input
+    if path is None:
+        with pytest.raises(MissingPartError, match=r"layers_norm_input\[1\]"), case.model.trace(case.ids):
+            values[1].save()
+        return
+    truth = hooks.read(case.module, [(path, "input")], case.ids)[path, "input"]
+    with case.model.trace(case.ids):
+        seen = values[1].save()
+    assert torch.equal(seen, truth)
+    expected = hooks.changed_logits(case.module, (path, "input"), lambda each: each * 1.5 - 0.25, case.ids)
+    with case.model.trace(case.ids):
+        values[1] = values[1] * 1.5 - 0.25
+        logits = case.model.logits.save()
+    assert torch.equal(logits, expected) and not torch.equal(expected, case.logits)
+
+
+@torch.no_grad()
+def test_a_norm_after_the_addition_has_a_scale_and_no_other() -> None:
+    model, ids = StandardizedTransformer(matrix_model("bert")), torch.arange(5, 27).reshape(2, 11)
+    norm = model._module.bert.encoder.layer[1].attention.output.LayerNorm
+    with model.trace(ids):
+        added = model.layers_input[1] + model.attentions_contribution[1]
+        scale = model.attentions_sum_norm_scale[1].save()
+        expected = (added.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt().save()
+    assert torch.allclose(scale, expected, rtol=1e-4)
+    llama = StandardizedTransformer("demo-llama")
+    with pytest.raises(MissingPartError, match="goes through no norm once"), llama.trace(PROMPT):
+        llama.mlps_sum_norm_scale[0].save()
