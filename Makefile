@@ -94,8 +94,8 @@ $(HAS_TORCH):
 	@touch $@
 
 $(HAS_PACKAGE): pyproject.toml | $(HAS_TORCH)
-	@echo "==> installing this package and what it depends on"
-	@$(PIP) --editable .
+	@echo "==> installing this package, what it depends on, and what it draws with"
+	@$(PIP) --editable ".[display]"
 	@touch $@
 
 # The tools come with the package, so whoever has tested need not install again to run the demo.

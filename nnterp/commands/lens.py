@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nnterp.commands.terminal import DEFAULT_MODEL, add_model, encoding, model_name, write
-from nnterp.errors import UsageError
 from nnterp.interventions.logit_lens import LensResult, lens_tokens
-from nnterp.lens_page import lens_page
 from nnterp.lens_table import cells, fit, lens_table, visible
+from nnterp.pictures import check_figure_file, plot_lens, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_lens", "HeatMapPathError"]
+__all__ = ["add_lens"]
 
 #: How many tokens the box at a cell of the heat map shows, however few the table does.
 HEAT_MAP_TOP = 5
-
-
-class HeatMapPathError(UsageError):
-    """The file of a heat map cannot be written."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"The heat map cannot be written to '{path}': {reason}.\n"
-            "Give --html the name of a file, in a folder that exists and that you may write to."
-        )
-
+#: How much of a long prompt stands in the title of its heat map: the end, which matters most.
+TITLE_LETTERS = 90
 
 LENS_EXAMPLES = f"""\
 examples:
   nnterp lens "The Eiffel Tower is in the city of"
   nnterp lens "The Eiffel Tower is in the city of" --html lens.html
   nnterp lens "Two and two is" "Two and three is" --model gpt2 --top 3
+  nnterp lens "The Eiffel Tower is in the city of" --json | jq '.prompts[0].top_tokens[-1][-1]'
   nnterp lens --model ./my-model -- "- a prompt that begins with a dash"
 
 Without --model it reads {DEFAULT_MODEL}, a small model that comes with the package:
@@ -59,31 +52,72 @@ def add_lens(commands: Any) -> None:
         "--html",
         metavar="FILE",
         type=Path,
-        help="also draw all positions of the prompt as a heat map, in a file to open in a browser; "
-        "for several prompts the files are numbered: lens-1.html, lens-2.html, ...",
+        help="also draw all positions of the prompt as a heat map, in a file to open in a browser (or an image: .png, "
+        ".svg, .pdf); for several prompts the files are numbered: lens-1.html, lens-2.html, ...",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument(
+        "--all-positions", action="store_true", help="with --json: after every token of a prompt, not the last alone"
     )
     add_model(parser)
-    parser.set_defaults(run=_lens)
+    parser.set_defaults(run=_lens, error=parser.error)
 
 
 def _lens(arguments: argparse.Namespace) -> None:
+    if arguments.all_positions and not arguments.json:
+        arguments.error(
+            "--all-positions is for --json: a table has the last position alone, and --html has all of them"
+        )
     pages = _numbered(arguments.html, len(arguments.prompts)) if arguments.html else []
     for page in pages:
-        _check_folder(page)
+        # Said before the model is loaded, which may take minutes.
+        check_figure_file(page)
     model = StandardizedTransformer(arguments.model)
     name = model_name(arguments.model)
+    found = []
     for index, prompt in enumerate(arguments.prompts):
-        k = max(arguments.top, min(HEAT_MAP_TOP, model.vocab_size))
-        # The table is of the last position alone, and unembedding the others takes most of the time.
-        lens = lens_tokens(model, prompt, k, None if pages else [-1])
+        lens = _read(model, prompt, arguments)
         # The file comes first: whoever reads the table may stop reading, and the heat map is there all the same.
         if pages:
-            _write_page(pages[index], lens, name)
+            save_figure(plot_lens(lens, _title(name, prompt)), pages[index])
+        if arguments.json:
+            found.append(_as_json(lens, arguments))
+            continue
         write(_heading(name, prompt) + lens_table(lens, top=arguments.top))
         if pages:
             write(f"heat map: {pages[index]}\n")
         if index < len(arguments.prompts) - 1:
             write("\n")
+    if arguments.json:
+        write(json.dumps({"model": name, "heat_maps": list(map(str, pages)), "prompts": found}) + "\n")
+
+
+def _read(model: StandardizedTransformer, prompt: str, arguments: argparse.Namespace) -> LensResult:
+    k = max(arguments.top, min(HEAT_MAP_TOP, model.vocab_size)) if arguments.html else arguments.top
+    # Tables are of the last position alone, and unembedding the others takes most of the time.
+    return lens_tokens(model, prompt, k, None if arguments.html or arguments.all_positions else [-1])
+
+
+def _as_json(lens: LensResult, arguments: argparse.Namespace) -> dict[str, Any]:
+    """``top_ids`` and its kin have the axes layer, position and rank."""
+    chosen = slice(None) if arguments.all_positions else slice(-1, None)
+    top = arguments.top
+    return {
+        "prompt": lens.prompt,
+        "positions": lens.positions[chosen],
+        "tokens": lens.tokens[chosen],
+        "ids": lens.ids[chosen].tolist(),
+        "top_ids": lens.top_ids[:, chosen, :top].tolist(),
+        "top_tokens": [[position[:top] for position in layer[chosen]] for layer in lens.top_tokens],
+        "top_probs": lens.top_probs[:, chosen, :top].tolist(),
+    }
+
+
+def _title(name: str, prompt: str) -> str:
+    """The heading of a heat map, which plotly takes for HTML."""
+    text = visible(prompt, marks={" ": " "})
+    text = text if len(text) <= TITLE_LETTERS else f"…{text[-TITLE_LETTERS:]}"
+    return escape(f'Logit lens: the next token in {name} after each layer of "{text}"', quote=False)
 
 
 def _heading(name: str, prompt: str) -> str:
@@ -97,21 +131,6 @@ def _numbered(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
-
-
-def _check_folder(page: Path) -> None:
-    """Said before the model is loaded, which may take minutes."""
-    if page.is_dir():
-        raise HeatMapPathError(page, "that is a folder")
-    if not page.parent.is_dir():
-        raise HeatMapPathError(page, f"there is no folder '{page.parent}'")
-
-
-def _write_page(page: Path, lens: LensResult, name: str) -> None:
-    try:
-        page.write_text(lens_page(lens, name), encoding="utf-8")
-    except OSError as error:
-        raise HeatMapPathError(page, error.strerror or str(error)) from error
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,6 +1,16 @@
 """Figures of what the interventions find: plotly figures that are returned, and shown by whoever wants to see them."""
 
 from nnterp.pictures.drawing import check_plotly
+from nnterp.pictures.lens import plot_lens, plot_target_probs
 from nnterp.pictures.patching import plot_patching
+from nnterp.pictures.saving import FigureFileError, check_figure_file, save_figure
 
-__all__ = ["check_plotly", "plot_patching"]
+__all__ = [
+    "check_figure_file",
+    "check_plotly",
+    "FigureFileError",
+    "plot_lens",
+    "plot_patching",
+    "plot_target_probs",
+    "save_figure",
+]

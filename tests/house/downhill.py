@@ -27,7 +27,6 @@ ORDER = (
     "nnterp/pictures/__init__.py",
     "nnterp/pictures/*.py",
     "nnterp/pictures/drawing.py",
-    "nnterp/lens_page.py",
     "nnterp/lens_table.py",
     "nnterp/interventions/__init__.py",
     "nnterp/interventions/*.py",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from nnterp import naming
+from nnterp import StandardizedTransformer, naming
 from nnterp.command_line import main
 from nnterp.commands import lens
+from nnterp.interventions import lens_tokens
 from tests.families import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,20 +64,50 @@ def test_the_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_heat_map(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "lens.html"
-    assert main(["lens", "Tower", "--model", model, "--html", str(page), "--top", "1"]) == 0
+    assert main(["lens", "<b>", "--model", model, "--html", str(page), "--top", "1"]) == 0
     text = page.read_text(encoding="utf-8")
-    assert "<title>tiny: Tower</title>" in text
-    # The boxes of the heat map show five, however few the table does.
-    assert text.count("<li>") == 3 * len("Tower") * 5
+    # A page of its own, which fetches nothing, of all positions; a prompt is no HTML.
+    assert "plotly.js v" in text and re.search(r"<script[^>]+src=", text) is None
+    figure = text.split("Plotly.newPlot(")[-1]
+    assert '\\"&lt;b&gt;\\"' in figure and "\\u003cb\\u003e" not in figure
+    assert [text.count(f"(position {position})") for position in range(4)] == [3, 3, 3, 0]
     assert capsys.readouterr().out.endswith(f"heat map: {page}\n")
 
 
 def test_several_prompts_number_their_heat_maps(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lens", "one", "two", "--model", model, "--html", str(tmp_path / "lens.html")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lens-1.html", "lens-2.html"]
-    assert "tiny: two" in (tmp_path / "lens-2.html").read_text(encoding="utf-8")
+    assert "two" in (tmp_path / "lens-2.html").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert 'tiny after "one"' in out and '\n\ntiny after "two"' in out
+
+
+def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    read = StandardizedTransformer(model)
+    assert main(["lens", "one", "é", "--model", model, "--json", "--top", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["heat_maps"]) == ("tiny", [])
+    assert main(["lens", "one", "é", "--model", model, "--json", "--top", "2", "--all-positions"]) == 0
+    every = json.loads(capsys.readouterr().out)
+    for prompt, last, whole in zip(["one", "é"], found["prompts"], every["prompts"], strict=True):
+        lens = lens_tokens(read, prompt, 2)
+        assert whole["prompt"] == last["prompt"] == prompt
+        assert (whole["ids"], tuple(whole["tokens"])) == (lens.ids.tolist(), lens.tokens)
+        assert (last["positions"], last["tokens"]) == ([lens.positions[-1]], [lens.tokens[-1]])
+        assert torch.equal(torch.tensor(whole["top_ids"]), lens.top_ids)
+        torch.testing.assert_close(torch.tensor(whole["top_probs"]), lens.top_probs)
+        torch.testing.assert_close(torch.tensor(last["top_probs"]), lens.top_probs[:, -1:])
+        texts = [[list(position) for position in layer] for layer in lens.top_tokens]
+        assert whole["top_tokens"] == texts and last["top_tokens"] == [layer[-1:] for layer in texts]
+
+
+def test_json_and_a_heat_map(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "lens.html"
+    assert main(["lens", "one", "--model", model, "--json", "--top", "1", "--html", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["heat_maps"] == [str(page)] and page.is_file()
+    (prompt,) = found["prompts"]
+    assert prompt["positions"] == [2] and np.shape(prompt["top_probs"]) == np.shape(prompt["top_tokens"]) == (3, 1, 1)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +155,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("text", "--top", "-3"), "-3 is too few"),
         (("text", "--top", "many"), "'many' is no whole number: give 1 or more"),
         (("text", "--no-such-option"), "unrecognized arguments"),
+        (("text", "--all-positions"), "--all-positions is for --json"),
     ],
 )
 def test_arguments_that_cannot_be(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
@@ -176,11 +212,15 @@ def test_more_tokens_than_there_are(model: str, capsys: pytest.CaptureFixture[st
 def test_a_heat_map_that_cannot_be_written(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mend = "Give --html the name of a file, in a folder that exists"
-    err = failure(capsys, "text", "--model", model, "--html", str(tmp_path / "none" / "lens.html"))
-    assert err.startswith("nnterp: HeatMapPathError:") and "there is no folder" in err and mend in err
-    err = failure(capsys, "text", "--model", model, "--html", str(tmp_path))
-    assert "that is a folder" in err and mend in err
+    mend = "Give the name of a file, in a folder that exists"
+    for file, fact in (
+        (tmp_path / "none" / "lens.html", "there is no folder"),
+        (tmp_path, "that is a folder"),
+        (tmp_path / "lens.doc", "its name ends in '.doc'"),
+    ):
+        # Before the model is loaded, which there is none.
+        err = failure(capsys, "text", "--model", "no-such-model", "--html", str(file))
+        assert err.startswith("nnterp: FigureFileError:") and fact in err and mend in err
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
