@@ -3,6 +3,7 @@
 from nnterp.interventions.ablation import ablation
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
+from nnterp.interventions.head_scores import Head, find_heads, head_scores
 from nnterp.interventions.logit_attribution import LogitAttribution, logit_attribution
 from nnterp.interventions.logit_lens import LensResult, TopTokens, lens_tokens, logit_lens, logit_lens_topk
 from nnterp.interventions.metrics import Metric, kl_divergence, logit_difference, loss, probability
@@ -23,7 +24,10 @@ __all__ = [
     "ablation",
     "activation_patching",
     "attribution_patching",
+    "find_heads",
     "gradient_x_input",
+    "Head",
+    "head_scores",
     "integrated_gradients",
     "it_repeat_prompt",
     "kl_divergence",
