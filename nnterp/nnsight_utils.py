@@ -12,17 +12,23 @@ these names find them here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnsight_core.arguments import apply
 from nnsight_core.envoy import Envoy
 from nnsight_core.errors import RemoteError
-from nnterp.errors import MissingPartError
+from nnterp.errors import MissingPartError, PositionError, UsageError
 from nnterp.naming import name_modules
 from nnterp.rename_plan import LayerPlan, RenameConfig
+from nnterp.residual_stream import chosen
 from nnterp.standardized_transformer import StandardizedTransformer
+
+if TYPE_CHECKING:
+    from nnsight_core.scope import Scope
 
 __all__ = [
     "collect_last_token_activations_session",
@@ -203,7 +209,7 @@ class ModuleAccessor:
 def get_token_activations(
     nn_model: StandardizedTransformer,
     prompts: Any = None,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -213,41 +219,84 @@ def get_token_activations(
 
     >>> from nnterp import StandardizedTransformer
     >>> model = StandardizedTransformer("demo-gpt2")
-    >>> get_token_activations(model, ["Paris", "The capital of Japan is"], layers=[0, 2]).shape[:2]
+    >>> get_token_activations(model, ["Paris", "The capital of Japan is"], layers=[2, 0]).shape[:2]
     torch.Size([2, 2])
+
+    No gradients are kept, and the model runs no further than it has to; a trace of one's own is left as it is.
 
     Args:
         nn_model: the model.
         prompts: what to trace; None inside a trace that is open.
-        layers: which layers, in forward order; all if None.
-        get_activations: what to read of each layer; its output if None.
+        layers: which layers, in the order in which they are wanted; all if None. Negative ones count from the last.
+        get_activations: what to read of each layer, (batch, position, hidden); its output if None.
         remote: not available.
         idx: which token of each prompt, by its own tokens, whatever the padding; the last one if None.
         tracer: the open trace, where ``prompts`` is None.
+
+    Returns:
+        (layer, prompt, hidden), on the CPU; in a trace of one's own a proxy of it, on the device of the first layer.
+
+    Raises:
+        LayerIndexError: the model has no such layer.
+        PositionError: a prompt has no such token.
+        UsageError: no layer was asked for, neither prompts nor a trace were given, or both, or ``get_activations`` gave
+            something else than (batch, position, hidden).
+        RemoteError: ``remote`` is set.
     """
     _refuse_remote(remote)
     if (prompts is None) == (tracer is None):
-        raise TypeError("get_token_activations() takes prompts, or the tracer of a trace that is open.")
+        raise UsageError("get_token_activations() takes prompts, or the tracer of a trace that is open.")
+    wanted = _wanted(nn_model, layers)
     if tracer is not None:
-        return torch.stack(_read(nn_model, layers, get_activations, idx))
-    with nn_model.trace(prompts) as own:
-        found = [value.save() for value in _read(nn_model, layers, get_activations, idx)]
+        return torch.stack(_read(nn_model, wanted, get_activations, idx))
+    with torch.no_grad(), nn_model.trace(prompts) as own:
+        found = [value.save() for value in _read(nn_model, wanted, get_activations, idx)]
         own.stop()
-    return torch.stack([value.value for value in found])
+    return torch.stack([value.value for value in found]).cpu()
+
+
+def _wanted(model: StandardizedTransformer, layers: int | Sequence[int] | None) -> list[int]:
+    asked = range(model.num_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    found = [model.layers_output.position(int(layer)) for layer in asked]
+    if not found:
+        raise UsageError(f"No layer was asked for: give some of 0 to {model.num_layers - 1}, or layers=None for all.")
+    return found
 
 
 def _read(
-    model: StandardizedTransformer, layers: Sequence[int] | None, get: GetModuleOutput | None, idx: int | None
+    model: StandardizedTransformer, layers: Sequence[int], get: GetModuleOutput | None, idx: int | None
 ) -> list[Any]:
-    wanted = range(model.num_layers) if layers is None else layers
-    return [(get or get_layer_output)(model, layer).t[-1 if idx is None else idx] for layer in wanted]
+    """One value for each layer, in the order of ``layers``; read in the order in which the model makes them."""
+    scope = model.open_scope("get_token_activations")
+    token = -1 if idx is None else operator.index(idx)
+    values: dict[int, Any] = {}
+    for layer in sorted(set(layers)):
+        value = (get or get_layer_output)(model, layer)
+        values[layer] = apply(_at_token, value, scope, token, get in (None, get_layer_output))
+    # Layers of one model may be on several devices.
+    first = values[min(values)]
+    return [apply(_beside, values[layer], first) for layer in layers]
+
+
+def _at_token(value: torch.Tensor, scope: Scope, token: int, is_stream: bool) -> torch.Tensor:
+    # Some families keep several residual streams; of anything else a further axis might stand before the positions.
+    if not is_stream and value.ndim != 3:
+        raise UsageError(
+            f"get_activations gave a value of shape {tuple(value.shape)}: it has to be (batch, position, hidden)."
+        )
+    rows, columns = chosen(value, scope, None, token, None)
+    return value[rows, columns][:, 0]
+
+
+def _beside(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return value.to(other.device)
 
 
 def collect_token_activations_batched(
     nn_model: StandardizedTransformer,
     prompts: Sequence[str],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -256,15 +305,31 @@ def collect_token_activations_batched(
 ) -> torch.Tensor:
     """The same for many prompts, ``batch_size`` at a time: (layer, prompt, hidden), on the CPU.
 
+    >>> from nnterp import StandardizedTransformer
+    >>> model = StandardizedTransformer("demo-gpt2")
+    >>> collect_token_activations_batched(model, ["Paris", "Rome", "The capital of Japan is"], 2).shape[:2]
+    torch.Size([6, 3])
+
     ``tqdm`` is put around the batches to show how far it is. ``use_session`` is for scripts that set it: batches run
-    one after the other in any case.
+    one after the other in any case. The other arguments are those of :func:`get_token_activations`.
+
+    Raises:
+        UsageError: there is no prompt, or the batch size is below 1.
     """
     _refuse_remote(remote)
-    batches: Iterable[Sequence[str]] = list(_batches(prompts, batch_size))
+    if batch_size < 1 or not prompts:
+        raise UsageError(
+            f"{len(prompts)} prompts in batches of {batch_size}: give at least one prompt and a size of 1 or more."
+        )
+    starts: Iterable[int] = range(0, len(prompts), batch_size)
     found = []
-    with torch.no_grad():
-        for batch in tqdm(batches) if tqdm is not None else batches:
-            found.append(get_token_activations(nn_model, batch, layers, get_activations, idx=idx).cpu())
+    for start in tqdm(starts) if tqdm is not None else starts:
+        try:
+            found.append(
+                get_token_activations(nn_model, prompts[start : start + batch_size], layers, get_activations, idx=idx)
+            )
+        except PositionError as error:
+            raise PositionError(f"Of the prompts from number {start} on, counting them from there: {error}") from error
     return torch.cat(found, dim=1)
 
 
@@ -272,7 +337,7 @@ def collect_last_token_activations_session(
     nn_model: StandardizedTransformer,
     prompts: Sequence[str],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -282,23 +347,21 @@ def collect_last_token_activations_session(
     return collect_token_activations_batched(nn_model, prompts, batch_size, layers, get_activations, idx=idx)
 
 
-def _batches(prompts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    if size < 1 or not prompts:
-        raise ValueError(
-            f"{len(prompts)} prompts in batches of {size}: give at least one prompt and a size of 1 or more."
-        )
-    return (prompts[start : start + size] for start in range(0, len(prompts), size))
-
-
 def compute_next_token_probs(
     nn_model: StandardizedTransformer, prompt: str | list[str], remote: bool = False
 ) -> torch.Tensor:
-    """The probabilities of the token after each prompt, (batch, vocab), each row sums to 1."""
+    """The probabilities of the token after each prompt, (batch, vocab), each row sums to 1, on the CPU.
+
+    >>> from nnterp import StandardizedTransformer
+    >>> model = StandardizedTransformer("demo-gpt2")
+    >>> compute_next_token_probs(model, ["Paris", "The capital of Japan is"]).shape == (2, model.vocab_size)
+    True
+    """
     _refuse_remote(remote)
     with torch.no_grad(), nn_model.trace(prompt):
         probs = nn_model.next_token_probs.save()
     found: torch.Tensor = probs.value
-    return found
+    return found.cpu()
 
 
 def _refuse_remote(remote: bool) -> None:

@@ -160,7 +160,7 @@ def _changed(
     scope: Scope,
     where: tuple[Any, Any, Any],
 ) -> torch.Tensor:
-    rows, columns = _chosen(hidden, scope, *where)
+    rows, columns = chosen(hidden, scope, *where)
     new = hidden.clone()
     new[rows, columns] = change(new[rows, columns], *given)
     return new
@@ -203,7 +203,7 @@ def _indices(given: Any, length: int, what: str, device: torch.device) -> torch.
     return inside
 
 
-def _chosen(
+def chosen(
     hidden: torch.Tensor, scope: Scope, positions: Any, token_positions: Any, batch_index: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows and columns to change, so that ``hidden[rows, columns]`` is (batch, position, hidden)."""

@@ -9,7 +9,7 @@ import torch
 
 from nnsight_core.errors import RemoteError
 from nnterp import RenameConfig, StandardizedTransformer, nnsight_utils, rename_utils
-from nnterp.errors import MissingPartError, RenamingError
+from nnterp.errors import LayerIndexError, MissingPartError, PositionError, RenamingError, UsageError
 from nnterp.nnsight_utils import ModuleAccessor, collect_token_activations_batched, get_token_activations
 from nnterp.rename_utils import get_rename_dict
 from tests.families import tiny_model
@@ -62,13 +62,48 @@ def test_token_activations(demo_gpt2: StandardizedTransformer) -> None:
     torch.testing.assert_close(inside, first)
 
 
+def test_layers_come_in_the_order_asked(demo_gpt2: StandardizedTransformer) -> None:
+    every = get_token_activations(demo_gpt2, PROMPTS)
+    assert every.shape[0] == demo_gpt2.num_layers and not every.requires_grad
+    assert torch.equal(get_token_activations(demo_gpt2, PROMPTS, layers=[2, 0, -1, 2]), every[[2, 0, -1, 2]])
+    assert torch.equal(get_token_activations(demo_gpt2, PROMPTS, layers=2), every[[2]])
+    assert torch.equal(get_token_activations(demo_gpt2, PROMPTS, layers=torch.tensor([1, 0])), every[[1, 0]])
+    with demo_gpt2.trace() as tracer:
+        with tracer.invoke(PROMPTS[0]):
+            one = get_token_activations(demo_gpt2, layers=[2, 0], tracer=tracer).save()
+        with tracer.invoke(PROMPTS[1]):
+            other = get_token_activations(demo_gpt2, layers=[2, 0], idx=0, tracer=tracer).save()
+    torch.testing.assert_close(one.value.detach()[:, 0], every[[2, 0], 0])
+    torch.testing.assert_close(other.value.detach(), get_token_activations(demo_gpt2, PROMPTS[1], [2, 0], idx=0))
+
+
+def test_any_token_is_that_of_each_prompt_alone(demo_gpt2: StandardizedTransformer) -> None:
+    for idx in (0, 1, -2):
+        together = get_token_activations(demo_gpt2, PROMPTS[1:], layers=[3], idx=idx)
+        for index, prompt in enumerate(PROMPTS[1:]):
+            ids = torch.tensor([demo_gpt2.tokenizer(prompt)["input_ids"]])
+            with torch.no_grad():
+                alone = demo_gpt2._module(input_ids=ids, output_hidden_states=True).hidden_states[4][0, idx]
+            torch.testing.assert_close(together[0, index], alone)
+
+
 def test_what_cannot_be_asked(demo_gpt2: StandardizedTransformer) -> None:
     with pytest.raises(RemoteError):
         get_token_activations(demo_gpt2, PROMPTS, remote=True)
-    with pytest.raises(TypeError, match="prompts, or the tracer"):
+    with pytest.raises(UsageError, match="prompts, or the tracer"):
         get_token_activations(demo_gpt2)
-    with pytest.raises(ValueError, match="0 prompts"):
+    with pytest.raises(UsageError, match="0 prompts"):
         collect_token_activations_batched(demo_gpt2, [], 2)
+    with pytest.raises(UsageError, match="No layer was asked for: give some of 0 to 5"):
+        get_token_activations(demo_gpt2, PROMPTS, layers=[])
+    with pytest.raises(LayerIndexError, match=r"layers_output\[9\]"):
+        get_token_activations(demo_gpt2, PROMPTS, layers=[0, 9])
+    with pytest.raises(PositionError, match="In prompt 0, token 2 is not there: there are 1"):
+        get_token_activations(demo_gpt2, PROMPTS, idx=2)
+    with pytest.raises(PositionError, match=r"from number 2 on.*In prompt 0, token -4 is not there: there are 1"):
+        collect_token_activations_batched(demo_gpt2, [PROMPTS[1], PROMPTS[1], PROMPTS[0]], 2, idx=-4)
+    with pytest.raises(UsageError, match=r"of shape \(3, 4, \d, 28\).*\(batch, position, hidden\)"):
+        get_token_activations(demo_gpt2, PROMPTS, get_activations=lambda model, layer: model.heads_output[layer])
 
 
 def test_the_accessor_of_plain_modules() -> None:
