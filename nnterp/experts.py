@@ -13,7 +13,6 @@ import torch
 
 from nnsight_core.values import entries_of, first_tensor, map_tensors, with_first_tensor
 from nnterp.accessors import Place, StreamShape, ValueAccess
-from nnterp.conditions import major_version
 from nnterp.errors import RoutingError
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ __all__ = ["Experts", "RoutingAccess", "routing_of"]
 
 #: Which accessor gives what, in the order in which a layer makes them.
 NAMES = ("router_logits", "expert_indices", "expert_weights", "experts_output")
-#: Before this version of transformers, a layer called its experts one by one, each with its own tokens.
-OPENED_FROM = 5
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -127,16 +124,15 @@ class Experts:
 
     def _add_experts(self, root: Envoy) -> None:
         spec, layers = self._spec, self._plan.layers
-        why = "it has no router." if spec.layer.router else f"{spec.source} names no router."
-        if spec.layer.router and major_version() < OPENED_FROM:
-            why = f"experts are opened as transformers {OPENED_FROM} calls them; upgrade transformers to read them."
+        names_none = spec.absent.get("router", f"{spec.source} names no router.")
+        why = "it has no router." if spec.layer.router else names_none
         for name in NAMES:
             places = tuple(self._routing_place(name, index, each) for index, each in enumerate(layers))
             setattr(self, name, RoutingAccess(root, name, places, why, spec))
 
     def _routing_place(self, name: str, index: int, layer: LayerPlan) -> Place | None:
         router, label, said = layer.router, f"{name}[{index}]", self._spec.layer
-        if router is None or major_version() < OPENED_FROM:
+        if router is None:
             return None
         if name == "router_logits":
             if layer.router_logits:

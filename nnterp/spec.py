@@ -248,7 +248,7 @@ class ArchitectureSpec:
 
 ROLES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Modules))
 #: Parts that a family, or some of its layers, may lack, if the file says why.
-PARTS: tuple[str, ...] = (*ROLES, "attention", "mlp")
+PARTS: tuple[str, ...] = (*ROLES, "attention", "mlp", "router")
 VARYING: tuple[str, ...] = (
     *("modules", "layer", "layout", "embed", "unembed", "embedding_multiplier", "logits", "stream", "dimensions"),
     *("written_over", "positions_follow"),

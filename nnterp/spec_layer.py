@@ -72,7 +72,7 @@ class Layer:
     #: Where a model keeps no list of layers: the first and the last module of one.
     input: tuple[str, ...] = key(read_path_choice, "the path of a layer's first module", ())
     output: tuple[str, ...] = key(read_path_choice, "the path of a layer's last module", ())
-    router: tuple[str, ...] = key(read_path_choice, "the module that chooses experts", ())
+    router: tuple[str, ...] = key(read_path_or_null, "the module that chooses experts", ())
     #: Beside the router, if nothing else is said.
     experts: tuple[str, ...] = key(read_path_choice, "the module of all experts", ())
     #: Empty: the first linear map that the router itself calls.

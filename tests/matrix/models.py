@@ -98,8 +98,8 @@ class Case:
         self.ids = torch.randint(5, 320, (2, 12), generator=generator)
         self.state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
         self.model = StandardizedTransformer(self.module)
-        if OLDER and any(each.router for each in self.model._plan.layers):
-            self.cannot = self.cannot | dict.fromkeys(NAMES, "Experts are called one by one.")
+        #: What no layer has, in this transformers alone: its experts are called one by one.
+        self.absent = NAMES if OLDER and "router" in self.spec.absent else ()
 
     @property
     def spec(self) -> Any:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
+from nnterp import StandardizedTransformer, conditions
 from nnterp.errors import CannotError, MissingPartError, RoutingError, ShapeError
 from nnterp.experts import routing_of
 from tests.families import tiny_inputs, tiny_model
@@ -93,3 +93,14 @@ def test_what_is_not_there_says_so() -> None:
         some.expert_indices[1] = torch.zeros(1, 2)
     with pytest.raises(RoutingError, match="whole numbers"):
         routing_of(((torch.zeros(2, 3),), {}))
+
+
+def test_what_the_older_transformers_keeps_shut_is_said_by_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = matrix_model("mixtral")
+    monkeypatch.setattr(conditions, "major_version", lambda: 4)
+    model = StandardizedTransformer(module)
+    with pytest.raises(MissingPartError, match=r"expert_indices\[1\].*Transformers 4 calls experts one by one"):
+        with model.trace(torch.arange(5, 27).reshape(2, 11)):
+            model.expert_indices[1].save()
+    monkeypatch.undo()
+    assert StandardizedTransformer(module).expert_indices.has(1)
