@@ -6,58 +6,50 @@ the model is run dry: with all inputs, and with those of each body alone. What g
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from nnsight_core.hooks import observing
-from nnsight_core.operations import Memory, Tap, is_operation
+from nnsight_core.copies import with_tensors
+from nnsight_core.dry_run import Place, run_dry
+from nnsight_core.fold_order import made_distinct, rows_follow
+from nnsight_core.operations import is_operation
 from nnsight_core.shapes import ShapesOnly
-from nnsight_core.twin import Twin
-from nnsight_core.values import entries_of, map_tensors
+from nnsight_core.values import entries_of
 
-#: Where a tensor stands: the module, "input", "output" or the same of an operation inside it, and the keys that lead
-#: to it.
-Place = tuple[torch.nn.Module, str, tuple[Any, ...]]
 #: The axis of the batch and how many entries along it each row makes; None for what belongs to all rows alike.
 Axis = tuple[int, int] | None
 
-_SMALL = 2**30
+#: By place, call by call, the shapes in each run: with all inputs, and with those of each body.
+_Found = dict[Place, list[list[tuple[int, ...]]]]
 
 #: Whether shapes in a model do not depend on its numbers, for those of which it was asked.
 _static: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-class BatchAxes:
-    """The axes of one batch, found out when they are first asked for.
+class Axes(Protocol):
+    """Who knows along which axis a value has its batch."""
 
-    Args:
-        root: the model.
-        args: the arguments of the whole batch.
-        kwargs: its keyword arguments.
-        sizes: how many rows each input has.
-    """
+    @property
+    def spread(self) -> int:
+        """How many rows of the model's batch each row of the inputs makes: with beams it is several."""
 
-    def __init__(
-        self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sequence[int]
-    ) -> None:
-        self._root = root
-        self._call: Any = (args, kwargs)
-        self._sizes = tuple(sizes)
-        #: By the class of the modules whose operations were looked at; None for the modules themselves.
-        self._found: dict[type[torch.nn.Module] | None, dict[Place, list[list[tuple[int, ...]]]]] = {}
+    @property
+    def positions(self) -> int | None:
+        """How many positions each row has; None where that is not known."""
 
     @property
     def are_first(self) -> bool:
         """Whether a first axis as long as the batch is the batch: not where a module may get some of the rows only."""
-        if None in self._found:
-            return False
-        if self._root not in _static:
-            _static[self._root] = bool(_runs(self._root, [self._call], fake=True))
-        return _static[self._root]
+
+    @property
+    def of_inputs(self) -> Axes:
+        """Who knows it of the inputs as they were given."""
+
+    def serve(self, module: torch.nn.Module) -> bool:
+        """Whether ``module`` is part of what can be tried out."""
 
     def of(self, place: Place, shape: tuple[int, ...]) -> Axis:
         """The axis of the batch in a tensor of this shape.
@@ -65,14 +57,164 @@ class BatchAxes:
         Raises:
             LookupError: it cannot be told.
         """
+
+    def surely_of(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        """The same, where each row's entries are known to stand side by side.
+
+        Raises:
+            LookupError: it cannot be told, or they do not.
+        """
+
+
+class BatchAxes:
+    """The axes of one call of a model, found out when they are first asked for.
+
+    Args:
+        root: the model.
+        args: the arguments of the whole batch.
+        kwargs: its keyword arguments.
+        sizes: how many rows each input has.
+        spread: how many rows of the batch each of these makes.
+        positions: how many positions they have; None where that is not known.
+        gives_rows: what the model gives has its rows in the first axis, so that a dry run without them has gone astray.
+    """
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sizes: Sequence[int],
+        spread: int = 1,
+        positions: int | None = None,
+        gives_rows: bool = False,
+    ) -> None:
+        self.spread = spread
+        self.positions = positions
+        self._root = root
+        self._call: Any = (args, kwargs)
+        self._sizes = tuple(sizes)
+        self._gives_rows = gives_rows
+        #: By the class of the modules whose operations were looked at, None for the modules themselves; and by whether
+        #: every row was padded.
+        self._found: dict[tuple[type[torch.nn.Module] | None, bool], _Found] = {}
+
+    @property
+    def are_first(self) -> bool:
+        """Whether a first axis as long as the batch is the batch: not where a module may get some of the rows only."""
+        if self._found:
+            return False
+        if self._root not in _static:
+            _static[self._root] = _shapes(self._root, [self._call], True) is not None
+        return _static[self._root]
+
+    @property
+    def of_inputs(self) -> Axes:
+        """This object itself."""
+        return self
+
+    def serve(self, module: torch.nn.Module) -> bool:
+        """Whatever is asked for."""
+        return True
+
+    def of(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        """The axis of the batch in a tensor of this shape.
+
+        Raises:
+            LookupError: it cannot be told.
+        """
+        try:
+            return self._axis(place, shape, self._call)
+        except LookupError:
+            # Models do without a mask where nothing is padded, and take other paths then.
+            padded = all_padded(self._call)
+            if padded is None:
+                raise
+        return self._axis(place, shape, padded)
+
+    def surely_of(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        """The same, where each row's entries are known to stand side by side.
+
+        Raises:
+            LookupError: it cannot be told, or they do not.
+        """
+        axis = self.of(place, shape)
+        if axis is None or axis[1] == self.spread:
+            return axis
+        if not _is_there(self._root):
+            raise LookupError
+        calls = self._calls(made_distinct(self._root, all_padded(self._call) or self._call))
+        if not rows_follow(self._root, calls, self._sizes, place, shape, axis):
+            raise LookupError
+        return axis
+
+    def _axis(self, place: Place, shape: tuple[int, ...], call: Any) -> Axis:
         # Layers of one kind are mostly asked about together, and are looked into together.
-        inside = type(place[0]) if is_operation(place[1]) else None
-        if inside not in self._found:
-            self._found[inside] = _observed(self._root, self._call, self._sizes, inside)
-        answers = {_axis(shapes, self._sizes) for shapes in self._found[inside].get(place, ()) if shapes[0] == shape}
+        key = type(place[0]) if is_operation(place[1]) else None, call is not self._call
+        if key not in self._found:
+            self._found[key] = self._observed(call, key[0])
+        answers = {_axis(shapes, self._sizes) for shapes in self._found[key].get(place, ()) if shapes[0] == shape}
         if len(answers) != 1 or isinstance(answer := answers.pop(), str):
             raise LookupError
         return answer
+
+    def _calls(self, call: Any) -> list[Any]:
+        """The call with all inputs, and with those of each body alone."""
+        total, start, calls = sum(self._sizes) * self.spread, 0, [call]
+        for size in self._sizes:
+            many = size * self.spread
+            calls.append(with_tensors(call, _rows(start, many, total, self._gives_rows)))
+            start += many
+        return calls
+
+    def _observed(self, call: Any, inside: type[torch.nn.Module] | None) -> _Found:
+        """For each place, the shapes in each run, call by call."""
+        try:
+            # Paths and shapes may depend on the numbers, and models take other paths where they see fake tensors.
+            runs = _shapes(self._root, self._calls(call), not _is_there(self._root), inside)
+        except Exception:  # noqa: BLE001 - what a call holds may refuse to be copied
+            runs = None
+        found: _Found = {}
+        for place, whole in runs[0].items() if runs else ():
+            # A module that runs a different number of times for one input than for all says nothing.
+            if all(len(run.get(place, ())) == len(whole) for run in runs or ()):
+                found[place] = [[run[place][number] for run in runs or ()] for number in range(len(whole))]
+        return {} if self._gives_rows and not self._is_sound(found) else found
+
+    def _is_sound(self, found: _Found) -> bool:
+        """Whether the model has given each body's rows for that body alone."""
+        given = [shapes for (module, kind, _), shapes in found.items() if module is self._root and kind == "output"]
+        return bool(given) and _axis(given[0][-1], self._sizes) == (0, self.spread)
+
+
+def all_padded(call: Any) -> Any:
+    """``call`` with every row padded, if some rows of it are and others are not; else None.
+
+    >>> mask = torch.tensor([[0, 1], [1, 1]])
+    >>> all_padded(((), {"attention_mask": mask}))[1]["attention_mask"]
+    tensor([[0, 1],
+            [0, 1]])
+    """
+    args, kwargs = call
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    is_padded = (mask == 0).any(-1)
+    if not is_padded.any() or is_padded.all():
+        return None
+    padded, others = int(is_padded.int().argmax()), ~is_padded
+    changed = dict(kwargs)
+    for name in ("attention_mask", "position_ids"):
+        given = kwargs.get(name)
+        if isinstance(given, torch.Tensor) and len(given) == len(mask):
+            changed[name] = given.clone()
+            changed[name][others] = given[padded]
+    return args, changed
+
+
+def _is_there(root: torch.nn.Module) -> bool:
+    """Whether the weights of ``root`` are in memory."""
+    return not any(each.is_meta for each in (*root.parameters(), *root.buffers()))
 
 
 def _axis(shapes: list[tuple[int, ...]], sizes: tuple[int, ...]) -> Axis | str:
@@ -89,72 +231,30 @@ def _axis(shapes: list[tuple[int, ...]], sizes: tuple[int, ...]) -> Axis | str:
     return "unclear" if axes or whole[axis] != total * each or not grows else (axis, each)
 
 
-def _observed(
-    root: torch.nn.Module, call: Any, sizes: tuple[int, ...], inside: type[torch.nn.Module] | None
-) -> dict[Place, list[list[tuple[int, ...]]]]:
-    """For each place, the shapes in each run, call by call."""
-    total, start, calls = sum(sizes), 0, [call]
-    for size in sizes:
-        calls.append(map_tensors(_rows(start, size, total), call))
-        start += size
-    runs = _runs(root, calls, True, inside)
-    if not runs and sum(each.nbytes for each in root.parameters()) <= _SMALL:
-        # A path, or a shape, that depends on the numbers themselves can only be found with them.
-        runs = _runs(root, calls, False, inside)
-    found: dict[Place, list[list[tuple[int, ...]]]] = {}
-    for place, whole in runs[0].items() if runs else ():
-        # A module that runs a different number of times for one input than for all says nothing.
-        if all(len(run.get(place, ())) == len(whole) for run in runs):
-            found[place] = [[run[place][number] for run in runs] for number in range(len(whole))]
-    return found
-
-
-def _runs(
+def _shapes(
     root: torch.nn.Module, calls: list[Any], fake: bool, inside: type[torch.nn.Module] | None = None
-) -> list[dict[Place, list[tuple[int, ...]]]]:
+) -> list[dict[Place, list[tuple[int, ...]]]] | None:
+    """The shapes at each place in runs of these calls; None if there is one that cannot be run."""
+    runs = []
     try:
-        return [_run(root, each, fake, inside) for each in calls]
+        for call in calls:
+            seen: dict[Place, list[tuple[int, ...]]] = {}
+
+            def note(module: torch.nn.Module, kind: str, value: Any, seen: Any = seen) -> None:
+                for path, shape in shapes_in(value):
+                    seen.setdefault((module, kind, path), []).append(shape)
+
+            run_dry(root, call, note, ShapesOnly.here() if fake else None, inside)
+            runs.append(seen)
     except Exception:  # noqa: BLE001 - a model may raise anything at all; then nothing is known
-        return []
+        return None
+    return runs
 
 
-def _rows(start: int, size: int, total: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor[start : start + size] if tensor.ndim and len(tensor) == total else tensor
-
-
-def _run(
-    root: torch.nn.Module, call: Any, fake: bool, inside: type[torch.nn.Module] | None
-) -> dict[Place, list[tuple[int, ...]]]:
-    # What a forward may write into is copied; parameters it does not.
-    twin = Twin(root, ShapesOnly.here() if fake else None, shares_parameters=True)
-    seen: dict[Place, list[tuple[int, ...]]] = {}
-
-    def note(module: torch.nn.Module, kind: str, value: Any) -> None:
-        for path, shape in shapes_in(value):
-            seen.setdefault((twin.original(module), kind, path), []).append(shape)
-
-    if inside is not None:
-        for module in twin.module.modules():
-            if type(module) is inside:
-                _tap(module, note)
-    args, kwargs = twin.own(call if fake else map_tensors(torch.Tensor.detach, call))
-    with torch.random.fork_rng(devices=[]), observing(twin.module.modules(), note), torch.no_grad(), twin.running():
-        twin.module(*args, **kwargs)
-    return seen
-
-
-def _tap(module: torch.nn.Module, note: Callable[[torch.nn.Module, str, Any], None]) -> None:
-    """Let ``note`` be told of the operations of ``module``, which is a copy."""
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        def visit(kind: str, value: Any, memory: Memory) -> None:
-            note(module, kind, value)
-
-        return Tap(module, visit).run(forward, args, kwargs)
-
-    module.__dict__["forward"] = tapped
+def _rows(start: int, size: int, total: int, without_lists: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    # In a generation a tensor with one axis counts positions.
+    least = 2 if without_lists else 1
+    return lambda each: each[start : start + size] if each.ndim >= least and len(each) == total else each
 
 
 def shapes_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], tuple[int, ...]]]:

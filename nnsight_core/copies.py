@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nnsight_core.gates import Gate
 from nnsight_core.hooks import HOOK_DICTS
@@ -48,6 +50,28 @@ def hookless_copy(root: torch.nn.Module, known: dict[int, Any], but_own: bool = 
             if gate.own is not None:
                 module.__dict__["forward"] = copy.deepcopy(gate.own, known)
     return copied
+
+
+class _InTheirPlace(TorchFunctionMode):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What takes the place of a tensor that is about to be copied."""
+        if func is torch.Tensor.__deepcopy__:
+            return self._function(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def with_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A deep copy of ``value``, objects of all classes included, in which ``function`` says what becomes of tensors.
+
+    >>> with_tensors({"x": [torch.zeros(3)]}, lambda tensor: tensor[:1])
+    {'x': [tensor([0.])]}
+    """
+    with _InTheirPlace(function):
+        return copy.deepcopy(value)
 
 
 def _own_keys(module: torch.nn.Module, root: torch.nn.Module) -> set[Any]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nnsight_core.batch_axes import BatchAxes
+from nnsight_core.batch_axes import Axes, BatchAxes
 from nnsight_core.call import Call
 from nnsight_core.input_errors import MissingInputError
 from nnsight_core.passes import Part
 from nnsight_core.rows import rows_of
+from nnsight_core.run_axes import RunAxes
 
 #: Makes one call of several, and says how many rows each has.
 Combine = Callable[["list[Call]"], "tuple[Call, list[int]]"]
@@ -37,8 +38,13 @@ def put_together(parts: Sequence[Part], combine: Combine, root: torch.nn.Module 
         return batch
     batch, sizes = combine(calls)
     # With beams, one prompt makes any number of rows.
-    flattened = None if batch.runs_repeatedly else (batch.prompt_length,) if batch.prompt_length else ()
-    axes = None if root is None or batch.runs_repeatedly else BatchAxes(root, batch.args, batch.kwargs, sizes)
+    positions = batch.prompt_length or None
+    flattened = None if batch.runs_repeatedly else (positions,) if positions else ()
+    axes: Axes | None = None
+    if root is not None and batch.runs_repeatedly:
+        axes = RunAxes(root, batch.kwargs, sizes, positions)
+    elif root is not None:
+        axes = BatchAxes(root, batch.args, batch.kwargs, sizes, positions=positions)
     rows = iter(rows_of(sizes, flattened, axes))
     for part in parts:
         part.place(None if part.call is None else next(rows), batch)

@@ -76,7 +76,7 @@ class HookBoard:
         self._following: tuple[RemovableHandle, ...] = ()
         self._taps: Taps | None = None
         self._ends: tuple[RemovableHandle, ...] = ()
-        self._begins: Callable[[], Any] = _nothing
+        self._begins: Callable[..., Any] = _nothing
         self._gives: Callable[[Any], Any] = _nothing
         self._counters: list[tuple[CallCounter, RemovableHandle]] | None = None
         self._runs_eagerly = False
@@ -184,15 +184,15 @@ class HookBoard:
             return None
         return self._deliver(module, "skip", (args, kwargs))
 
-    def follow(self, module: torch.nn.Module, begins: Callable[[], None], gives: Callable[[Any], Any]) -> None:
-        """Call ``begins`` at the start of every call of ``module``, before any value of it is delivered; and ``gives``
-        with what it gives, after all else, if anything is watched: what that gives is handed on in its place.
+    def follow(self, module: torch.nn.Module, begins: Callable[..., None], gives: Callable[[Any], Any]) -> None:
+        """Call ``begins(args, kwargs)`` at the start of every call of ``module``, before any value of it is delivered;
+        and ``gives`` with what it gives, after all else, if anything is watched: what that gives is handed on instead.
         """
         self._begins, self._gives, self._followed = begins, gives, module
-        self._following = (module.register_forward_pre_hook(self._on_begin, prepend=True),)
+        self._following = (module.register_forward_pre_hook(self._on_begin, prepend=True, with_kwargs=True),)
 
-    def _on_begin(self, module: torch.nn.Module, args: Any) -> None:
-        self._begins()
+    def _on_begin(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self._begins(args, kwargs)
 
     def _on_end(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         return self._gives(output)

@@ -82,6 +82,8 @@ class Interleaver(Turns):
         self._observers = Observers()
         #: Called with the number of each run of the model but the first, when it begins.
         self.at_steps: list[Callable[[int], None]] = []
+        #: Called with the number and the arguments of each run, ahead of all who ask for values of it.
+        self.at_runs: list[Callable[[int, tuple[Any, ...], dict[str, Any]], None]] = []
         #: The run of the model that has begun last, counted from 0, -1 before the first; None if they are not counted.
         self.step: int | None = None if root is None else -1
         self._handed_out = HandedOut()
@@ -258,7 +260,7 @@ class Interleaver(Turns):
         """Whether what runs now is the business of whoever has ``rows`` of the batch."""
         return self._rows is None or rows is None or rows == self._rows
 
-    def _step_begins(self) -> None:
+    def _step_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_model_at_work():
             return
         # Whoever still waits for something in the run before this one waits in vain.
@@ -270,6 +272,8 @@ class Interleaver(Turns):
             self.step += 1
             self.hooks.reset_counters()
             self._handed_out.clear()
+            for note in self.at_runs:
+                note(self.step, args, kwargs)
             # Who does something in each run has asked for the first already.
             for begin in self.at_steps if self.step else ():
                 begin(self.step)
@@ -361,6 +365,7 @@ class Interleaver(Turns):
             self._observers.clear()
             self._order.clear()
         self.at_steps.clear()
+        self.at_runs.clear()
         self._called = frozenset()
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._observe = None

@@ -25,6 +25,7 @@ from nnsight_core.operations import is_operation
 from nnsight_core.order import observed_operations, observed_order
 from nnsight_core.proxy import Proxy
 from nnsight_core.rows import Rows
+from nnsight_core.run_axes import RunAxes
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
 from nnsight_core.tape import Recorder, Tape, TapeClient
@@ -251,7 +252,7 @@ class Part:
         self.rows = None if rows is None or rows.size == rows.total else rows
         self.scope.tape = None
         self.scope.is_cut = self.rows is not None
-        self.scope.give_inputs(batch.inputs, self.rows, (self.root, "input", (1,)))
+        self.scope.give_inputs(batch.inputs, self.rows and self.rows.of_inputs(), (self.root, "input", (1,)))
         padding = batch.padding
         if padding is not None and self.rows is not None:
             padding = padding[self.rows.start : self.rows.start + self.rows.size]
@@ -305,6 +306,7 @@ class Pass:
         if self._edits is not None:
             self._edits.start(self.interleaver, self._call, self._clients)
         wanted = live is not None or any(part.tape is not None and wants_gradients(part.tape) for part in self.parts)
+        self._let_axes_follow()
         for part in self.parts:
             part.wants_gradients = wanted
             for module, counter in (part.counters or {}).items():
@@ -327,6 +329,12 @@ class Pass:
         if live.tape is not None:
             self._by_part[live].play(live.ask)
             live.tape = None
+
+    def _let_axes_follow(self) -> None:
+        """Where the model runs again and again, whoever knows of its batch is told of each run."""
+        axes = next((part.rows.axes for part in self.parts if part.rows is not None), None)
+        if isinstance(axes, RunAxes):
+            self.interleaver.at_runs.append(axes.begin)
 
     def attach(self, part: Part, cache: Cache, tree: Tree) -> None:
         """Let ``cache`` note the values of ``part`` from here on."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from nnsight_core.batch_axes import Axis, BatchAxes, Place
+from nnsight_core.batch_axes import Axes, Axis
+from nnsight_core.dry_run import Place
 from nnsight_core.errors import RowsError
 from nnsight_core.sites import user_site
 from nnsight_core.values import entries_of, is_dataclass_value, like_tuple, with_attribute, with_entry
@@ -32,11 +33,11 @@ class Rows:
     #: How many rows of a flattened tensor one row of the batch may make: its positions. None where that is not known.
     multiples: tuple[int, ...] | None = ()
     #: Knows the axis of the batch where shapes do not tell.
-    axes: BatchAxes | None = field(default=None, compare=False, repr=False)
+    axes: Axes | None = field(default=None, compare=False, repr=False)
 
     def _range(self, tensor: torch.Tensor, place: Place | None = None) -> tuple[slice, ...] | None:
         """The index of these rows in ``tensor``; None if it belongs to all alike."""
-        axis = self._obvious(tuple(tensor.shape))
+        axis = self._obvious(tuple(tensor.shape), place)
         if axis == "unclear":
             try:
                 axis = None if self.axes is None or place is None else self.axes.of(place, tuple(tensor.shape))
@@ -52,28 +53,31 @@ class Rows:
         number, each = axis
         return (*[slice(None)] * number, slice(self.start * each, (self.start + self.size) * each))
 
-    def _obvious(self, shape: tuple[int, ...]) -> Axis | str:
+    def _obvious(self, shape: tuple[int, ...], place: Place | None) -> Axis | str:
         """The axis of the batch and how many entries each row makes along it, if the shape tells."""
         if not shape or 0 in shape:
             return None
-        each, beyond = divmod(shape[0], self.total)
-        if self.multiples is None or self.axes is None:
+        if self.axes is None or (place is not None and not self.axes.serve(place[0])):
+            each, beyond = divmod(shape[0], self.total)
             # One axis alone, longer than the batch, is a list of positions and not of tokens.
             known = each == 1 or (len(shape) > 1 and (self.multiples is None or each in self.multiples))
             return (0, each) if not beyond and known else None
-        positions = self.multiples[0] if self.multiples else None
+        spread, positions = self.axes.spread, self.axes.positions
+        total = self.total * spread
         if positions is None:
             if not self.axes.are_first:
                 return "unclear"
-            if shape[0] == self.total and self.total not in shape[1:]:
-                return 0, 1
-            return "unclear" if not beyond or self.total in shape[1:] else None
-        if shape[0] == self.total and (len(shape) == 1 or positions in shape[1:]):
-            return 0, 1
-        if len(shape) > 1 and shape[0] == self.total * positions:
-            return 0, positions
+            if shape[0] == total and total not in shape[1:]:
+                return 0, spread
+            return "unclear" if not shape[0] % total or total in shape[1:] else None
+        # Distances of positions, or heads, may come first, and be as many as there are inputs.
+        may_be_others = len(shape) > 2 and (total == positions or set(shape[1:]) <= {1, positions})
+        if shape[0] == total and not may_be_others and (len(shape) == 1 or positions in shape[1:]):
+            return 0, spread
+        if len(shape) == 2 and shape[0] == total * positions:
+            return 0, positions * spread
         # Positions, masks and distances that all inputs share.
-        shared = set(shape) <= {1, positions} or (shape[0] == 1 and len(shape) > 2)
+        shared = (set(shape) <= {1, positions} and not may_be_others) or (shape[0] == 1 and len(shape) > 2)
         return None if shared else "unclear"
 
     def of_first_axis(self, length: int) -> slice:
@@ -110,14 +114,19 @@ class Rows:
             chosen = self._range(value, place)
             if chosen is None and value.ndim > 1 and value.shape[0] == 1:
                 # What is one for all, to be added to each, becomes one for each.
-                value = value.expand(self.total, *value.shape[1:])
-                chosen = (slice(self.start, self.start + self.size),)
+                spread = 1 if self.axes is None else self.axes.spread
+                value = value.expand(self.total * spread, *value.shape[1:])
+                chosen = (slice(self.start * spread, (self.start + self.size) * spread),)
             if chosen is None or not isinstance(part, torch.Tensor):
                 raise RowsError(_SHARED, user_site())
             changed = value.clone()
             changed[chosen] = part
             return changed
         return _rebuilt(value, lambda entry, other, key: self.put(entry, other, _inside(place, key)), part)
+
+    def of_inputs(self) -> Rows:
+        """The same rows of the inputs as they were given, whatever the model makes of them."""
+        return self if self.axes is None else replace(self, axes=self.axes.of_inputs)
 
     def strictly(self) -> StrictRows:
         """The same rows of values of any form, where they can be told for sure."""
@@ -138,7 +147,7 @@ class StrictRows(Rows):
         if is_parameter or set(shape) <= {1}:
             return None
         try:
-            axis = self._by_shape(shape) if self.axes is None or place is None else self.axes.of(place, shape)
+            axis = self._by_shape(shape) if self.axes is None or place is None else self.axes.surely_of(place, shape)
         except LookupError:
             if len(shape) == 1 and shape[0] % self.total:
                 return None
@@ -146,9 +155,6 @@ class StrictRows(Rows):
         if axis is None:
             return None
         number, each = axis
-        if each != 1 and each not in (self.multiples or ()):
-            # Whether (batch * head) or (head * batch), its length does not say.
-            raise RowsError(self._doubt(shape), user_site())
         return (*[slice(None)] * number, slice(self.start * each, (self.start + self.size) * each))
 
     def _by_shape(self, shape: tuple[int, ...]) -> Axis:
@@ -156,7 +162,8 @@ class StrictRows(Rows):
         each, rest = divmod(shape[0], self.total)
         if shape[0] == 1 or (len(shape) == 1 and rest):
             return None
-        if rest:
+        # Whether (batch * head) or (head * batch), its length does not say.
+        if rest or (each != 1 and each not in (self.multiples or ())):
             raise LookupError
         return 0, each
 
@@ -205,7 +212,7 @@ def _rebuilt(value: Any, change: Callable[[Any, Any, Any], Any], other: Any) -> 
     return value
 
 
-def rows_of(sizes: Sequence[int], multiples: tuple[int, ...] | None = (), axes: BatchAxes | None = None) -> list[Rows]:
+def rows_of(sizes: Sequence[int], multiples: tuple[int, ...] | None = (), axes: Axes | None = None) -> list[Rows]:
     """The rows of inputs of these sizes that stand one after the other in a batch.
 
     >>> rows_of([1, 2])

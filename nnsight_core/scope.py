@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
-from nnsight_core.batch_axes import Place
+from nnsight_core.dry_run import Place
 from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy

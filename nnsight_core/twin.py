@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from nnsight_core.copies import hookless_copy
+from nnsight_core.copies import hookless_copy, with_tensors
 from nnsight_core.counting import CallCounter
 from nnsight_core.devices import homes, resident_hooks
 from nnsight_core.errors import CopyError
@@ -75,10 +73,7 @@ class Twin:
 
     def own(self, value: Any) -> Any:
         """``value`` with tensors that the dry run may have: fake ones, or copies."""
-        known: dict[int, Any] = {}
-        if self.shapes is not None:
-            known = {id(each): self.shapes.fake(each) for each in tree_leaves(value) if isinstance(each, torch.Tensor)}
-        return copy.deepcopy(value, known)
+        return with_tensors(value, _copied if self.shapes is None else self.shapes.fake)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -117,8 +112,12 @@ class _TwinBoard(HookBoard):
     def count(self, module: torch.nn.Module, counter: CallCounter, counts: Callable[[], Any]) -> None:
         super().count(self._twin.of(module), counter, counts)
 
-    def follow(self, module: torch.nn.Module, begins: Callable[[], None], gives: Callable[[Any], Any]) -> None:
+    def follow(self, module: torch.nn.Module, begins: Callable[..., None], gives: Callable[[Any], Any]) -> None:
         super().follow(self._twin.of(module), begins, gives)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _tensors(

@@ -131,22 +131,15 @@ class Flattening(nn.Module):
         return (scores * table).sum(-1).view(batch, hidden, position).transpose(1, 2)
 
 
-def test_rows_that_cannot_be_told_are_an_error() -> None:
+def test_rows_of_what_is_folded_and_of_tables() -> None:
     model = model_of(Flattening())
-    for ask in (
-        lambda: model[0].source.baddbmm_0.output.save(),
-        lambda: setattr(model[0].source.mul_0, "output", 3),
-    ):
-        with pytest.raises(RowsError), model.trace() as tracer:
-            with tracer.invoke(X[:1]):
-                ask()
-            with tracer.invoke(X[1:]):
-                model.output.save()
     with model.trace() as tracer:
         with tracer.invoke(X[:1]):
+            scores = model[0].source.baddbmm_0.output.save()
             table = model[0].source.mul_0.output.save()
             mine = model[0].source.view_0.output.save()
         with tracer.invoke(X[1:]):
+            theirs = model[0].source.baddbmm_0.output.save()
             model.output.save()
         with tracer.invoke():
             whole = model[0].source.baddbmm_0.output.save()
@@ -156,6 +149,12 @@ def test_rows_that_cannot_be_told_are_an_error() -> None:
     with model.trace(X[:1]):
         alone = model[0].source.baddbmm_0.output.save()
     assert torch.equal(alone, whole[:3])
+    assert torch.equal(alone, scores) and torch.equal(theirs, whole[3:])
+    with pytest.raises(RowsError, match="one for all"), model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            model[0].source.mul_0.output = 3
+        with tracer.invoke(X[1:]):
+            model.output.save()
 
 
 def test_a_body_that_sees_the_whole_batch_lists_and_reads_it(model: NNsight) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from nnsight_core import LanguageModel, NoSuchOperationError, OutOfOrderError, RowsError
+from nnsight_core import LanguageModel, NoSuchOperationError, OutOfOrderError
 from tests.families import MODEL_TYPES, tiny_inputs, tiny_model
 
 IDS = tiny_inputs()
@@ -179,13 +179,21 @@ def test_invokes_of_different_lengths(family: str) -> None:
 
 
 @torch.no_grad()
-def test_where_heads_are_folded_into_the_batch_rows_are_not_guessed() -> None:
+def test_where_heads_are_folded_into_the_batch_rows_are_found() -> None:
     model = LanguageModel(module("bloom"))
-    with pytest.raises(RowsError), model.trace() as tracer:
+    with model.trace() as tracer:
         with tracer.invoke(IDS[:1]):
-            attention(model).source.baddbmm_0.output.save()
+            mine = attention(model).source.baddbmm_0.output.save()
+            attention(model).source.bmm_0.output = 0
         with tracer.invoke(IDS[1:]):
-            model.output.logits.save()
+            other = attention(model).source.baddbmm_0.output.save()
+            logits = model.output.logits.save()
+    for ids, found in ((IDS[:1], mine), (IDS[1:], other)):
+        with model.trace(ids):
+            alone = attention(model).source.baddbmm_0.output.save()
+            plain = model.output.logits.save()
+        torch.testing.assert_close(found.value, alone.value)
+    torch.testing.assert_close(logits.value, plain.value)
 
 
 @torch.no_grad()

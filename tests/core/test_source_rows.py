@@ -25,12 +25,19 @@ class HeadsFirst(nn.Module):
 
 
 class Folded(HeadsFirst):
-    """Attention that works on (head, batch * position, width), where the order of the fold is not to be seen."""
+    """Works on (head, batch * position, width), or on (head, position * batch, width)."""
+
+    def __init__(self, heads: int, across: bool) -> None:
+        super().__init__(heads)
+        self.across = across
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, position, hidden = x.shape
-        each = self.mix(x).view(batch * position, self.heads, 2).transpose(0, 1)
-        return torch.tanh(each).transpose(0, 1).reshape(batch, position, hidden)
+        if self.across:
+            x = x.transpose(0, 1)
+        first, second, hidden = x.shape
+        each = self.mix(x).reshape(first * second, self.heads, 2).transpose(0, 1)
+        mixed = torch.tanh(each).transpose(0, 1).reshape(first, second, hidden)
+        return mixed.transpose(0, 1) if self.across else mixed
 
 
 def inputs(sizes: tuple[int, ...], heads: int) -> list[torch.Tensor]:
@@ -66,7 +73,30 @@ def test_heads_that_are_as_many_as_inputs(heads: int, sizes: tuple[int, ...], lo
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [2, 3, 4])
 def test_heads_before_a_fold_are_not_taken_for_inputs(heads: int) -> None:
-    model = NNsight(Folded(heads))
+    net = Folded(heads, across=False)
+    model = NNsight(net)
+    # The rows are found by what they hold, so that inputs which are alike have to be told apart all the same.
+    one = inputs((1,), heads)[0]
+    two = one.repeat(heads - 1, 1, 1)
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            mine = model.source.tanh_0.output.save()
+            model.source.tanh_0.output = 0
+            zeros = model.output.save()
+        with tracer.invoke(two):
+            theirs = model.source.tanh_0.output.save()
+            output = model.output.save()
+    right = torch.tanh(net.mix(two).view(-1, heads, 2).transpose(0, 1))
+    torch.testing.assert_close(mine.value, right[:, :3])
+    torch.testing.assert_close(theirs.value, right)
+    assert not zeros.value.any()
+    torch.testing.assert_close(output.value, net(two))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_rows_of_a_fold_that_do_not_stand_side_by_side(heads: int) -> None:
+    model = NNsight(Folded(heads, across=True))
     one, two = inputs((1, heads - 1), heads)
     with pytest.raises(RowsError, match="may or may not") as caught, model.trace() as tracer:
         with tracer.invoke(one):
@@ -74,3 +104,20 @@ def test_heads_before_a_fold_are_not_taken_for_inputs(heads: int) -> None:
         with tracer.invoke(two):
             model.output.save()
     assert "tanh_0.output.save()" in str(caught.value)
+
+
+class AllAlike(nn.Module):
+    """Makes (batch * position, 2) that is the same everywhere, so that no numbers show whose rows are whose."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(x[..., :2].flatten(0, 1)) * 2
+        return x.sum(-1) + ones.sum(-1).view(x.shape[:2])
+
+
+@torch.no_grad()
+def test_a_fold_of_which_nothing_shows_the_order_is_an_error() -> None:
+    model = NNsight(AllAlike())
+    with pytest.raises(RowsError, match="may or may not"), model.trace() as tracer:
+        for x in inputs((1, 1), 2):
+            with tracer.invoke(x):
+                model.source.mul_0.output.save()

@@ -1,0 +1,71 @@
+"""A run of a model's twin whose values somebody is told of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nnsight_core.hooks import observing
+from nnsight_core.operations import Memory, Tap
+from nnsight_core.shapes import ShapesOnly
+from nnsight_core.twin import Twin
+
+#: Where a tensor stands: the module, "input", "output" or the same of an operation inside it, and the keys that lead
+#: to it.
+Place = tuple[torch.nn.Module, str, tuple[Any, ...]]
+
+#: Called with a module, what of it comes by, and the value.
+Note = Callable[[torch.nn.Module, str, Any], None]
+
+
+def run_dry(
+    root: torch.nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    note: Note,
+    shapes: ShapesOnly | None,
+    inside: type[torch.nn.Module] | None = None,
+) -> None:
+    """Run a copy of ``root``, and tell ``note`` what each of its modules takes and gives.
+
+    Args:
+        root: the model.
+        call: its arguments, of which copies are used.
+        note: told of every value, with the model's own modules.
+        shapes: makes fake tensors; None runs with numbers.
+        inside: the class of the modules whose operations ``note`` is told of, too.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    # What a forward may write into is copied; parameters it does not.
+    twin = Twin(root, shapes, shares_parameters=True)
+
+    def told(module: torch.nn.Module, kind: str, value: Any) -> None:
+        note(twin.original(module), kind, value)
+
+    if inside is not None:
+        for module in twin.module.modules():
+            if type(module) is inside:
+                _tap(module, told)
+    args, kwargs = twin.own(call)
+    devices = {each.device.index for each in root.parameters() if each.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices), observing(twin.module.modules(), told), torch.no_grad():
+        with twin.running():
+            twin.module(*args, **kwargs)
+
+
+def _tap(module: torch.nn.Module, note: Note) -> None:
+    """Let ``note`` be told of the operations of ``module``, which is a copy."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        def visit(kind: str, value: Any, memory: Memory) -> None:
+            note(module, kind, value)
+
+        return Tap(module, visit).run(forward, args, kwargs)
+
+    module.__dict__["forward"] = tapped
