@@ -2,6 +2,8 @@
 
     nnterp lens "The Eiffel Tower is in the city of"                       # a table of the logit lens
     nnterp lens "The capital of Japan is" --model gpt2 --html lens.html    # and a heat map to open in a browser
+    nnterp attention "The capital of Japan is" --layer 2                   # what each head looks at
+    nnterp heads                                                           # which heads are induction heads, ...
     nnterp steer "I think" --toward "I love it" --away "I hate it"          # how it goes on when it is steered
     nnterp spec ./my-model                                                 # what the model is made of, as YAML
     nnterp check ./my-model                                                # does every promise hold on it?

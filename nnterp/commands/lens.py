@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, encoding, model_name, write
+from nnterp.commands.terminal import DEFAULT_MODEL, add_model, count, encoding, model_name, write
 from nnterp.interventions.logit_lens import LensResult, lens_tokens
 from nnterp.lens_table import cells, fit, lens_table, visible
 from nnterp.pictures import check_figure_file, plot_lens, save_figure
@@ -45,9 +45,7 @@ def add_lens(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", type=_prompt, help="a text for the model to go on with")
-    parser.add_argument(
-        "--top", metavar="K", type=_count, default=5, help="how many tokens for each layer (default: 5)"
-    )
+    parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each layer (default: 5)")
     parser.add_argument(
         "--html",
         metavar="FILE",
@@ -139,11 +137,3 @@ def _refuse(reason: str) -> NoReturn:
 
 def _prompt(text: str) -> str:
     return text if text else _refuse("the prompt is empty: give at least one character of text")
-
-
-def _count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        _refuse(f"{text!r} is no whole number: give 1 or more")
-    return count if count >= 1 else _refuse(f"{count} is too few: give 1 or more")

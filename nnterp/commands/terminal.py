@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-__all__ = ["add_model", "add_remote_code", "DEFAULT_MODEL", "encoding", "model_name", "write"]
+__all__ = ["add_model", "add_remote_code", "count", "DEFAULT_MODEL", "encoding", "model_name", "write"]
 
 DEFAULT_MODEL = "demo-llama"
 
@@ -28,6 +28,17 @@ def add_remote_code(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the modelling code that comes with the model; read it first",
     )
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more, for an option."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 1 or more") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few: give 1 or more")
+    return number
 
 
 def model_name(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from nnterp.interventions.ablation import ablation
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
+from nnterp.interventions.attention_patterns import AttentionPatterns, attention_patterns
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.head_scores import Head, find_heads, head_scores
 from nnterp.interventions.logit_attribution import LogitAttribution, logit_attribution
@@ -23,6 +24,8 @@ from nnterp.interventions.token_attribution import gradient_x_input, integrated_
 __all__ = [
     "ablation",
     "activation_patching",
+    "attention_patterns",
+    "AttentionPatterns",
     "attribution_patching",
     "find_heads",
     "gradient_x_input",
