@@ -11,10 +11,11 @@ from nnsight_core.sites import user_site
 from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.attention_kernel import kernel_places
 from nnterp.attention_places import Attention, AttentionPlaces
-from nnterp.errors import UsageError
+from nnterp.errors import CannotError, UsageError
 
 if TYPE_CHECKING:
     from nnterp.rename_plan import RenamePlan
+    from nnterp.spec import ArchitectureSpec
 
 #: The accessors, and which of the places of a layer's attention each reads and sets.
 NAMES = {
@@ -64,11 +65,18 @@ class HeadAccess(ValueAccess):
     """
 
     def __init__(
-        self, root: Envoy, name: str, modules: tuple[str | None, ...], why_not: tuple[str, ...], counts: tuple[int, int]
+        self,
+        root: Envoy,
+        name: str,
+        modules: tuple[str | None, ...],
+        why_not: tuple[str, ...],
+        counts: tuple[int, int],
+        spec: ArchitectureSpec,
     ) -> None:
         places = tuple(None if path is None else Place(path, "call", name) for path in modules)
         super().__init__(root, name, places, why_not)
         self._counts = counts
+        self._spec = spec
 
     def place(self, layer: int) -> Place:
         """Where layer ``layer``'s value stands.
@@ -76,9 +84,11 @@ class HeadAccess(ValueAccess):
         Raises:
             LayerIndexError: the model has no such layer.
             MissingPartError: the layer has no attention.
+            CannotError: the family has no such value.
             ClosedAttentionError: its attention cannot be opened.
         """
         path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
+        self._spec.refuse(self.name, label)
         attention = Attention(self._root.get(path), path, *self._counts)
         reasons = []
         for find in _FINDERS:
@@ -94,7 +104,7 @@ class HeadAccess(ValueAccess):
             return False
         try:
             self.place(layer)
-        except ClosedAttentionError:
+        except (CannotError, ClosedAttentionError):
             return False
         return True
 
@@ -158,6 +168,7 @@ class Heads:
     num_heads: int
     num_kv_heads: int
     _plan: RenamePlan
+    _spec: ArchitectureSpec
 
     def _add_heads(self, root: Envoy) -> None:
         parts = tuple(each.part("attention") for each in self._plan.layers)
@@ -166,7 +177,7 @@ class Heads:
         counts = groups, self.num_heads or 0
         for name in NAMES:
             kind = AttentionAccess if name.startswith("attention_") else HeadAccess
-            setattr(self, name, kind(root, name, modules, self.attentions_output._why_not, counts))
+            setattr(self, name, kind(root, name, modules, self.attentions_output._why_not, counts, self._spec))
 
     @property
     def attn_probs_available(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
-from tests.matrix import experts, hooks, norms, states
+from tests.matrix import attention, experts, hooks, norms, states
 from tests.matrix.models import Case
 
 #: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
@@ -362,4 +362,5 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     **norms.PROMISES,
     **experts.PROMISES,
     **states.PROMISES,
+    **attention.PROMISES,
 }

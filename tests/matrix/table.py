@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from nnterp.architectures import load_specs
+from nnterp.attention import ClosedAttentionError
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
-from tests.matrix import experts, norms, states
+from tests.matrix import attention, experts, norms, states
 from tests.matrix.models import HERE, MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -72,7 +73,7 @@ def size_id(row: tuple[str, dict[str, Any]]) -> str:
 
 
 def results() -> dict[str, dict[str, str]]:
-    """For each model type and promise: ``holds``, ``cannot``, or ``absent`` where no layer has such a part."""
+    """For each model type and promise ``holds``, ``cannot``, ``closed``, or ``absent`` where no layer has the part."""
     return read_json("results.json")
 
 
@@ -87,6 +88,8 @@ def outcome(case: Case) -> tuple[dict[str, str], list[str]]:
         cannot = name in case.spec.cannot or name in case.cannot
         try:
             promise(case)
+        except ClosedAttentionError:
+            found[name] = "cannot" if cannot else "closed"
         except Exception as error:  # noqa: BLE001 - whatever a broken promise raises belongs into the table
             found[name] = "cannot"
             if not cannot:
@@ -107,7 +110,7 @@ def _said(case: Case, promise: str) -> str:
 
 
 def _has(case: Case, name: str) -> bool:
-    present = {**norms.PRESENT, **experts.PRESENT, **states.PRESENT}
+    present = {**norms.PRESENT, **experts.PRESENT, **states.PRESENT, **attention.PRESENT}
     if name in present:
         return present[name](case)
     part = {"attentions": "attn", "mlps": "mlp"}.get(name)
@@ -147,8 +150,14 @@ HEADINGS = {
     "expert_weights": "weights",
     "experts_output": "experts",
     "mixers_state": "state",
+    "queries": "queries",
+    "keys": "keys",
+    "values": "values",
+    "attention_scores": "attn scores",
+    "attention_probabilities": "attn probs",
+    "heads_output": "heads",
 }
-SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
+SIGNS = {"holds": "+", "absent": ".", "cannot": "no", "closed": "-"}
 
 HEAD = """\
 # Families
@@ -158,7 +167,7 @@ is promised of it. This file is made by `python -m tests.matrix.table` from the 
 from what `tests/matrix/` sees when it runs a tiny random model of each type; do not edit it.
 
 `+` the promise holds, `.` the family has no such part, `no` it cannot hold: the reason is below the table, and what is
-asked for raises an error that gives it.
+asked for raises an error that gives it. `-`: attention of this form is not opened, and an error says so.
 
 | | promise |
 |---|---|
@@ -180,6 +189,10 @@ asked for raises an error that gives it.
 | router, indices, | `router_logits`, `expert_indices`, `expert_weights` and `experts_output` read what hooks on both |
 | weights, experts | modules read, each input its own rows; what is set gives the logits that hooks give |
 | state | `mixers_state` is what the model itself keeps for the next token, after each step of a generation |
+| queries, keys, | `queries`, `keys`, `values` and `heads_output` are what attention that is written out by hand has; |
+| values, heads | what is set gives its logits, and leaves other heads as they are to the bit |
+| attn scores, | the same for `attention_scores` and `attention_probabilities`; these add up to 1, are 0 where masked, |
+| attn probs | weigh `values` to `heads_output`, and are the family's eager weights |
 | | and for each input of a batch; the next step goes on from what is set |
 
 In all of them, the model afterwards is what it was, to the bit, and no hook is left on it.

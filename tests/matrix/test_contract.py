@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnsight_core import kernels
 from nnterp import StandardizedTransformer
 from nnterp.architectures import specs_folder
 from nnterp.errors import CannotError, MissingPartError, ValidationError
@@ -68,6 +69,15 @@ def test_a_broken_promise_would_be_seen(model_type: str, promise: str, monkeypat
     with pytest.raises((AssertionError, AttributeError)):
         PROMISES[promise](case)
     restored(Case(model_type))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("promise", ["attention_scores", "attention_probabilities"])
+def test_attention_that_is_a_little_off_would_be_seen(promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, right = Case("llama"), kernels._Call.scores
+    monkeypatch.setattr(kernels._Call, "scores", lambda call: right(call) * 1.001)
+    with pytest.raises(AssertionError, match=rf"{promise}\[0\]: off by"):
+        PROMISES[promise](case)
 
 
 @pytest.mark.filterwarnings("ignore")
