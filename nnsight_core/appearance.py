@@ -17,6 +17,8 @@ class Appearance(Standin):
 
     __slots__ = ()
     _site: Site
+    #: Which axis of the value its positions are; 0 where nobody has said so.
+    _token_axis = 0
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance() and the like see the value's class

@@ -99,7 +99,7 @@ class Proxy(Operators, Appearance):
     @property
     def t(self) -> TokenIndex:
         """``.t[i]``: the i-th token of one's own prompt, whatever the padding. ``.t()`` is still the transpose."""
-        return TokenIndex(self)
+        return TokenIndex(self, self._token_axis)
 
     # Places: what is written into a part of a value reaches the model through the whole.
 

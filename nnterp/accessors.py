@@ -17,6 +17,7 @@ from nnsight_core.arguments import is_same_value
 from nnsight_core.envoy import Envoy
 from nnsight_core.scope import Scope
 from nnsight_core.sites import Site, user_site
+from nnsight_core.token_index import positions_at
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
 from nnterp.spec import USUAL_AXES, ArchitectureSpec
@@ -99,6 +100,7 @@ class Place:
         get: finds the value in what the module hands on.
         put: gives what the module is to hand on instead, from what it hands on and the new value.
         shape: the axes of the value.
+        positions: which axis of the value its positions are.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Place:
     get: Callable[[Any], Any] = first_tensor
     put: Callable[[Any, Any], Any] = with_first_tensor
     shape: StreamShape = StreamShape()
+    positions: int = 1
 
 
 def multiplied(place: Place, factor: float) -> Place:
@@ -136,7 +139,8 @@ def read(root: Envoy, place: Place, setting: bool = False, site: Site | None = N
     if not place.shape.is_usual or _is_reshaped(part):
         # Gradients reach what the model goes on with, and of a view that has to be the view itself.
         part.update_value(_itself)
-    return part
+    # A value of three axes has its positions where everybody looks for them.
+    return part if place.positions == 1 and place.shape.is_usual else positions_at(part, place.positions)
 
 
 def _itself(value: Any) -> Any:

@@ -94,7 +94,7 @@ class HeadAccess(ValueAccess):
         for find in _FINDERS:
             found: Place | str = getattr(find(attention), NAMES[self.name])
             if isinstance(found, Place):
-                return replace(found, label=label)
+                return replace(found, label=label, positions=2)
             reasons.append(found)
         raise ClosedAttentionError(label, reasons[-1])
 
