@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from nnsight_core.copies import hookless_copy
+from nnsight_core.dry_run import run_dry
 from nnsight_core.values import NoTensorError, first_tensor
 
 #: How many tokens are tried, and how much padding before them.
@@ -63,11 +63,10 @@ def _tried(module: torch.nn.Module, tokens: torch.Tensor, filler: int, ways: lis
     padded = torch.nn.functional.pad(tokens, (_PADS, 0), value=filler)
     padded_mask = torch.nn.functional.pad(mask, (_PADS, 0))
     try:
-        model = _without_the_users_hooks(module)
-        alone = _numbers(model, tokens, mask)
+        alone = _numbers(module, tokens, mask)
         for way in ways:
             positions = {"position_ids": counted_positions(padded_mask)} if way == "counted" else {}
-            beside = _numbers(model, padded, padded_mask, **positions)
+            beside = _numbers(module, padded, padded_mask, **positions)
             if beside.shape != alone.shape:
                 beside = beside[:, _PADS:]
             if _agree(alone, beside):
@@ -77,24 +76,18 @@ def _tried(module: torch.nn.Module, tokens: torch.Tensor, filler: int, ways: lis
     return "impossible"
 
 
-def _without_the_users_hooks(module: torch.nn.Module) -> torch.nn.Module:
-    """The same model on the same tensors, whose runs nobody else notices."""
-    if any(hasattr(each, "_hf_hook") for each in module.modules()):
-        # Its weights may come from a disk as it runs; whoever placed them there is needed.
-        return module
-    tensors = [value for each in module.modules() for value in vars(each).values() if isinstance(value, torch.Tensor)]
-    shared = (*module.parameters(), *module.buffers(), *tensors)
-    return hookless_copy(module, {id(each): each for each in shared})
-
-
-@torch.no_grad()
-def _numbers(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+def _numbers(module: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         positions = {**positions, "decoder_input_ids": ids[:, -1:]}
-    with torch.random.fork_rng(devices=[]):
-        output: Any = model(input_ids=ids, attention_mask=mask, **positions)
+    outputs: list[Any] = []
+
+    def note(one: torch.nn.Module, kind: str, value: Any) -> None:
+        if one is module and kind == "output":
+            outputs.append(value)
+
+    run_dry(module, ((), {"input_ids": ids, "attention_mask": mask, **positions}), note, None)
     try:
-        return first_tensor(output)
+        return first_tensor(outputs[-1])
     except NoTensorError:
         return torch.zeros(1)
 

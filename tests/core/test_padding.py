@@ -185,3 +185,22 @@ def test_where_there_are_no_numbers_or_chance_has_a_say_nothing_is_tried() -> No
     bart = made("bart", CANNOT["bart"])
     assert way_to_pad(copy.deepcopy(bart).train(), *ids_and_mask(), 0) == "plain"
     assert way_to_pad(bart, *ids_and_mask(), 0) == "impossible"
+
+
+class Counts(nn.Module):
+    """Writes down in a buffer how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 4)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        self.runs += 1
+        return self.embedding(input_ids)
+
+
+def test_the_models_own_buffers_stay_as_they_are() -> None:
+    module = Counts().eval()
+    assert way_to_pad(module, *ids_and_mask(), 0) == "plain"
+    assert not module.runs
