@@ -71,7 +71,7 @@ class Rows:
                 return 0, spread
             return "unclear" if not shape[0] % total or total in shape[1:] else None
         # Distances of positions, or heads, may come first, and be as many as there are inputs.
-        may_be_others = len(shape) > 2 and (total == positions or set(shape[1:]) <= {1, positions})
+        may_be_others = len(shape) > 2 and (total in (positions, *shape[1:]) or set(shape[1:]) <= {1, positions})
         if shape[0] == total and not may_be_others and (len(shape) == 1 or positions in shape[1:]):
             return 0, spread
         if len(shape) == 2 and shape[0] == total * positions:

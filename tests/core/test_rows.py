@@ -246,3 +246,40 @@ def test_beams_belong_to_their_prompt(path: str) -> None:
         assert torch.equal(found.value[:, -4:], plain.value[:, -4:])
         for one, other in zip(steps[1:], plain_steps[1:], strict=True):
             torch.testing.assert_close(one.value, other.value, rtol=1e-4, atol=1e-5)
+
+
+class HeadsFirst(nn.Module):
+    """Gives (head, batch, position, 2) in one of its modules."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, heads * 2)
+        self.heads = heads
+        self.block = nn.Tanh()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        return self.block(x.unflatten(-1, (self.heads, 2)).permute(2, 0, 1, 3)).permute(1, 2, 0, 3).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_as_many_heads_before_the_batch_as_prompts(heads: int) -> None:
+    module = HeadsFirst(heads)
+    model = LanguageModel(module)
+    prompts = [[number, 5, 6] for number in range(heads)]
+    with model.trace() as tracer:
+        found = []
+        for number, prompt in enumerate(prompts):
+            with tracer.invoke(prompt):
+                found.append(model.block.output.save())
+                if number == 1:
+                    model.block.output = 0
+                output = model.output.save()
+    for prompt, mine in zip(prompts, found, strict=True):
+        each = module.embedding(torch.tensor([prompt])).unflatten(-1, (heads, 2)).permute(2, 0, 1, 3)
+        close(mine, each.tanh())
+    if heads > 2:
+        close(output, module(torch.tensor([prompts[-1]])))
+    else:
+        assert not output.value.any()
