@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18]]
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
 
 
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {"num_key_value_heads": 4}, "gpt2": {}, "gpt_neox": {}}
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "gpt_neox": {}}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
