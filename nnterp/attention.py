@@ -42,6 +42,21 @@ class ClosedAttentionError(UsageError):
         )
 
 
+def open_place(attention: Attention, name: str, label: str) -> Place:
+    """Where one of the values of `AttentionPlaces` stands in an attention module; ``label`` is what users call it.
+
+    Raises:
+        ClosedAttentionError: nobody knows.
+    """
+    reasons = []
+    for find in _FINDERS:
+        found: Place | str = getattr(find(attention), name)
+        if isinstance(found, Place):
+            return replace(found, label=label, positions=2)
+        reasons.append(found)
+    raise ClosedAttentionError(label, reasons[-1])
+
+
 class HeadAccess(ValueAccess):
     """``queries[i]``, ``keys[i]``, ``values[i]``, ``heads_output[i]``: (batch, head, position, head_dim), read and set.
 
@@ -89,14 +104,7 @@ class HeadAccess(ValueAccess):
         """
         path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
         self._spec.refuse(self.name, label)
-        attention = Attention(self._root.get(path), path, *self._counts)
-        reasons = []
-        for find in _FINDERS:
-            found: Place | str = getattr(find(attention), NAMES[self.name])
-            if isinstance(found, Place):
-                return replace(found, label=label, positions=2)
-            reasons.append(found)
-        raise ClosedAttentionError(label, reasons[-1])
+        return open_place(Attention(self._root.get(path), path, *self._counts), NAMES[self.name], label)
 
     def is_open(self, layer: int) -> bool:
         """Whether the layer has attention that can be opened as the model runs now."""

@@ -21,6 +21,7 @@ from nnsight_core import LanguageModel
 from nnsight_core.errors import RemoteError
 from nnterp.errors import LayerIndexError, UsageError, did_you_mean
 from nnterp.nnsight_utils import compute_next_token_probs
+from nnterp.prefix_space import adds_space
 from nnterp.standardized_transformer import StandardizedTransformer
 from nnterp.token_text import token_text
 
@@ -82,7 +83,7 @@ def get_first_tokens(
         TokenizationError: a word has no token, or its first one is the unknown token or part of what stood before it.
     """
     tokenizer = _tokenizer(llm_or_tokenizer)
-    is_within = use_hacky_implementation or _adds_space(tokenizer)
+    is_within = use_hacky_implementation or adds_space(tokenizer)
     found: list[int] = []
     for word in [words] if isinstance(words, str) else words:
         forms = [word] if word[:1].isspace() else [word, f" {word}"]
@@ -99,14 +100,6 @@ def _tokenizer(given: LanguageModel | PreTrainedTokenizerBase) -> PreTrainedToke
     if tokenizer is None:
         raise UsageError("This model was opened without a tokenizer, so it has no words: give tokenizer=... with it.")
     return tokenizer
-
-
-def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = _ids(tokenizer, "a")
-    if not ids:
-        return False
-    # A tokenizer without a decoder shows its marks for a space as they are.
-    return token_text(tokenizer, ids[0])[:1].isspace() or str(tokenizer.convert_ids_to_tokens(ids[0]))[:1] in "▁Ġ"
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -18,16 +18,27 @@ import torch
 from nnsight_core.sites import user_site
 from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.architectures import load_specs
+from nnterp.attention_sources import (
+    AttentionProbabilitiesAccessor,
+    bloom_attention_prob_source,
+    default_attention_prob_source,
+    gpt2_attention_prob_source,
+    gptj_attention_prob_source,
+)
 from nnterp.dimensions import USER_KEYS
-from nnterp.errors import DimensionError, RenamingError, ValidationError
+from nnterp.errors import DimensionError, RenamingError, UsageError, ValidationError
 from nnterp.naming import name_modules
 from nnterp.rename import LAYER_NAMES, RenameConfig
 from nnterp.rename_plan import as_list
 from nnterp.spec import ROLES
 
 __all__ = [
+    "AttentionProbabilitiesAccessor",
     "AttnProbFunction",
+    "bloom_attention_prob_source",
     "check_io",
+    "check_model_renaming",
+    "default_attention_prob_source",
     "default_attn_head_config_keys",
     "default_hidden_size_config_keys",
     "default_vocab_size_config_keys",
@@ -37,6 +48,8 @@ __all__ = [
     "get_num_attention_heads",
     "get_rename_dict",
     "get_vocab_size",
+    "gpt2_attention_prob_source",
+    "gptj_attention_prob_source",
     "IOType",
     "LayerAccessor",
     "RenameConfig",
@@ -56,7 +69,10 @@ STANDARD = {
 
 
 class AttnProbFunction(ABC):
-    """Where a script's own attention keeps its probabilities; for `RenameConfig(attn_prob_source=...)`."""
+    """Where a script's own attention keeps its probabilities; for `RenameConfig(attn_prob_source=...)`.
+
+    :class:`~nnterp.attention_sources.AttentionProbabilitiesAccessor` reads and sets what it names.
+    """
 
     @abstractmethod
     def get_attention_prob_source(self, attention_module: Any, return_module_source: bool = False) -> Any:
@@ -276,15 +292,49 @@ def check_io(std_model: Any, model_name: str, ignores: Collection[str] = ()) -> 
     Raises:
         ValidationError: a value has another shape than its name promises.
     """
-    ignored = {kind for part in ignores for kind in IO_KINDS.get(part, ())}
-    wanted = {
-        "token_embeddings",
-        "layers",
-        "logits",
-        *(each for kinds in IO_KINDS.values() for each in kinds),
-    } - ignored
+    wanted = {"token_embeddings", "layers", "logits", *(kind for kinds in IO_KINDS.values() for kind in kinds)}
+    _check(std_model, model_name, lambda kind: kind in wanted - _ignored(ignores))
+
+
+def check_model_renaming(
+    std_model: Any,
+    model_name: str,
+    ignores: Collection[str],
+    allow_dispatch: bool,
+    allow_multimodal: bool = False,
+) -> None:
+    """Checks by numbers, in one small pass, all that the names of a model promise: :func:`check_io`, that each layer's
+    output is the next one's input, that the contributions add up, and that the unembedding gives the logits.
+
+    `StandardizedTransformer` does so when it opens a model, unless ``check_renaming=False``.
+
+    Args:
+        std_model: a `StandardizedTransformer`.
+        model_name: what errors call the model.
+        ignores: parts that are not looked at: "attention", "mlp".
+        allow_dispatch: load the weights for it, if they are not there yet; without them nothing is checked.
+        allow_multimodal: accepted for scripts that set it; nothing has to be allowed.
+
+    Raises:
+        ValidationError: a promise is not kept.
+    """
+    if not std_model.dispatched:
+        if not allow_dispatch:
+            return
+        std_model.dispatch()
+    _check(std_model, model_name, lambda kind: kind not in _ignored(ignores))
+
+
+def _ignored(parts: Collection[str]) -> set[str]:
+    for part in parts:
+        if part not in IO_KINDS:
+            raise UsageError(f"ignores={list(parts)}: there is no part {part!r}, but {[*IO_KINDS]}.")
+    return {kind for part in parts for kind in IO_KINDS[part]}
+
+
+def _check(std_model: Any, model_name: str, is_wanted: Callable[[str], bool]) -> None:
     for row in std_model._promised():
-        wrong = row.disagreement() if row.kind in wanted else None
+        wrong = row.disagreement() if is_wanted(row.kind) else None
         if wrong is not None:
             raise ValidationError(row.origin, row.promise, wrong, model_name)
 

@@ -115,6 +115,9 @@ class ResidualStream:
             hidden = self.layers_output[layer]
             self.layers_output[layer] = apply(_changed, hidden, change, given, scope, where)
 
+    def detect_layer_output_type(self) -> None:
+        """For scripts that call it; nothing is done, since whether a layer gives a tuple is seen each time."""
+
     def skip_layer(self, layer: int, skip_with: Any = None) -> None:
         """Let layer ``layer`` change nothing: its output is its own input, or ``skip_with``, (batch, position, hidden).
 
@@ -122,11 +125,14 @@ class ResidualStream:
         """
         self.skip_layers(layer, layer, skip_with)
 
-    def skip_layers(self, start_layer: int, end_layer: int, skip_with: Any = None) -> None:
+    def skip_layers(
+        self, start_layer: int, end_layer: int, skip_with: Any = None, layer_returns_tuple: bool | None = None
+    ) -> None:
         """Let the layers from ``start_layer`` to ``end_layer``, both included, change nothing.
 
         The output of each is what came into the first of them, or ``skip_with`` of shape (batch, position, hidden). The
         layers' own computation still runs, so that a key-value cache stays whole; nothing of it reaches the stream.
+        ``layer_returns_tuple`` is for scripts that say it: whether a layer gives a tuple is seen when it does.
 
         >>> from nnterp import StandardizedTransformer
         >>> model = StandardizedTransformer("demo-gpt2")

@@ -9,7 +9,8 @@ import torch
 
 from nnsight_core.arguments import apply
 from nnterp.calling import config_of
-from nnterp.errors import TopCountError
+from nnterp.errors import TopCountError, UsageError
+from nnterp.prefix_space import without_space
 from nnterp.token_text import token_text
 
 if TYPE_CHECKING:
@@ -60,6 +61,26 @@ class Vocabulary:
 
     def _finished(self, logits: torch.Tensor) -> Any:
         return self._spec.logits.applied(logits, config_of(self._module))  # type: ignore[attr-defined]
+
+    @property
+    def add_prefix_false_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, but without the space that some put before every text.
+
+        >>> from nnterp import StandardizedTransformer
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> model.add_prefix_false_tokenizer("Paris") == model.add_prefix_false_tokenizer(" Paris")
+        False
+
+        Raises:
+            UsageError: there is no tokenizer, or it cannot be kept from adding the space.
+        """
+        if self.tokenizer is None:
+            raise UsageError("This model was opened without a tokenizer: give tokenizer=... with it.")
+        made = self.__dict__.get("_without_space")
+        if made is None or made[0] is not self.tokenizer:
+            made = self.__dict__["_without_space"] = (self.tokenizer, without_space(self.tokenizer))
+        found: PreTrainedTokenizerBase = made[1]
+        return found
 
     def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
         """Token texts and their probabilities, in the given order.

@@ -13,6 +13,7 @@ from nnsight_core.errors import RemoteError
 from nnterp import StandardizedTransformer
 from nnterp.errors import LayerIndexError, UsageError
 from nnterp.interventions import logit_lens
+from nnterp.prefix_space import adds_space, without_space
 from nnterp.prompt_utils import (
     Prompt,
     TargetError,
@@ -70,8 +71,34 @@ def test_a_word_is_its_own_where_the_tokenizer_adds_a_space(name: str) -> None:
     # What follows "London" with a space between, and without, by the tokenizer itself.
     after_space = tokenizer("London Paris")["input_ids"][len(tokenizer("London")["input_ids"])]
     inside = tokenizer("🍐Paris")["input_ids"][len(tokenizer("🍐")["input_ids"])]
+    assert get_first_tokens("Paris", without_space(tokenizer)) == found
     assert found == [inside, after_space] and inside != after_space
     assert tokenizer("Paris")["input_ids"][0] == after_space
+
+
+@pytest.mark.parametrize("name", ["always", "first", "prepended", "bytes"])
+def test_a_tokenizer_that_adds_no_space(name: str) -> None:
+    tokenizer = adding_a_space()[name]
+    made = without_space(tokenizer)
+    assert adds_space(tokenizer) and not adds_space(made)
+    text = "London Paris"
+    assert made(f" {text}")["input_ids"] == tokenizer(text)["input_ids"] and without_space(made) is made
+
+
+def test_a_tokenizer_that_cannot_be_kept_from_it(demo_gpt2: StandardizedTransformer) -> None:
+    class Slow:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [0]}
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " a"
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return " a"
+
+    with pytest.raises(UsageError, match="Slow puts a space before every text"):
+        without_space(Slow())  # type: ignore[arg-type]
+    assert demo_gpt2.add_prefix_false_tokenizer is demo_gpt2.tokenizer
 
 
 def test_a_word_reads_the_same_within_a_text() -> None:

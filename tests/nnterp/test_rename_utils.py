@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import UnknownNameError, ValidationError
+from nnterp.errors import UnknownNameError, UsageError, ValidationError
 from nnterp.rename_utils import (
     IOType,
     LayerAccessor,
     check_io,
+    check_model_renaming,
     default_attn_head_config_keys,
     default_hidden_size_config_keys,
     default_vocab_size_config_keys,
@@ -72,8 +73,25 @@ def test_what_modules_take_and_give_is_checked(monkeypatch: pytest.MonkeyPatch) 
             check_io(model, "mine")
         assert "'mine'" in str(wrong.value)
         check_io(model, "mine", ["mlp"])
+        with pytest.raises(ValidationError, match=r"mlps_output\[1\]"):
+            check_model_renaming(model, "mine", [], allow_dispatch=True)
     finally:
         handle.remove()
+
+
+def test_all_promises_are_checked() -> None:
+    module = tiny_model("llama")
+    model = StandardizedTransformer(module)
+    check_model_renaming(model, "mine", [], allow_dispatch=True)
+    handle = module.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    try:
+        check_io(model, "mine")
+        with pytest.raises(ValidationError, match=r"layers_output\[0\] is layers_input\[1\]"):
+            check_model_renaming(model, "mine", ["attention"], allow_dispatch=True)
+    finally:
+        handle.remove()
+    with pytest.raises(UsageError, match=r"no part 'norm', but \['attention', 'mlp'\]"):
+        check_io(model, "mine", ["norm"])
 
 
 def test_config_keys_are_those_of_the_specifications() -> None:

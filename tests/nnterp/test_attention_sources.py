@@ -1,0 +1,107 @@
+"""Attention probabilities by other names: against transformers' own eager attention, and sources of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nnterp import RenameConfig, StandardizedTransformer, rename_utils
+from nnterp.errors import RenamingError, UsageError
+from nnterp.rename_utils import AttentionProbabilitiesAccessor, AttnProbFunction, default_attention_prob_source
+from tests.families import tiny_inputs, tiny_model
+
+FUNCTIONS = [getattr(rename_utils, f"{name}_attention_prob_source") for name in ("default", "bloom", "gpt2", "gptj")]
+
+
+def eager(model_type: str) -> list[torch.Tensor]:
+    module = tiny_model(model_type)
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        return list(module(tiny_inputs(), output_attentions=True).attentions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_every_function_serves_every_family(model_type: str) -> None:
+    wanted, model = eager(model_type), StandardizedTransformer(tiny_model(model_type))
+    for function in FUNCTIONS:
+        with model.trace(tiny_inputs()):
+            found = function(model.attentions[1]).output.save()
+        torch.testing.assert_close(found.value, wanted[1])
+    source = default_attention_prob_source(model.attentions[1], return_module_source=True)
+    assert "scaled_dot_product_attention_0" in str(source)
+
+
+@torch.no_grad()
+def test_what_is_set_lands(demo_gpt2: StandardizedTransformer) -> None:
+    with demo_gpt2.trace("The Eiffel Tower"):
+        demo_gpt2.attention_probabilities[2] = demo_gpt2.attention_probabilities[2].flip(-1)
+        wanted = demo_gpt2.logits.save()
+    accessor = AttentionProbabilitiesAccessor(demo_gpt2)
+    with demo_gpt2.trace("The Eiffel Tower"):
+        accessor[2] = accessor[2].flip(-1)
+        one = demo_gpt2.logits.save()
+    with demo_gpt2.trace("The Eiffel Tower"):
+        source = default_attention_prob_source(demo_gpt2.attentions[2])
+        source.output = source.output.flip(-1)
+        other = demo_gpt2.logits.save()
+    assert torch.equal(one.value, wanted.value) and torch.equal(other.value, wanted.value)
+
+
+class Own(AttnProbFunction):
+    """What a script says of its attention."""
+
+    def __init__(self, choose: Callable[[Any], Any]) -> None:
+        self.choose = choose
+
+    def get_attention_prob_source(self, attention_module: Any, return_module_source: bool = False) -> Any:
+        return attention_module.source if return_module_source else self.choose(attention_module)
+
+
+def of_own(model: StandardizedTransformer, choose: Callable[[Any], Any]) -> AttentionProbabilitiesAccessor:
+    return AttentionProbabilitiesAccessor(model, RenameConfig(attn_prob_source=Own(choose)))
+
+
+class Frozen:
+    """Gives probabilities, and lets nothing be set."""
+
+    def __init__(self, module: Any) -> None:
+        self.source = default_attention_prob_source(module)
+
+    @property
+    def output(self) -> Any:
+        return self.source.output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        """The model is left as it is."""
+
+
+def test_a_source_of_ones_own_is_checked(demo_gpt2: StandardizedTransformer) -> None:
+    AttentionProbabilitiesAccessor(demo_gpt2).check_source(layer=2)
+    of_own(demo_gpt2, default_attention_prob_source).check_source()
+    with pytest.raises(RenamingError, match=r"of shape .* and not \(batch, head, query, key\) = \(1, 4, 5, 5\)"):
+        of_own(demo_gpt2, lambda module: module.source.scaled_dot_product_attention_0).check_source()
+    with pytest.raises(RenamingError, match="nothing that the model goes on with"):
+        of_own(demo_gpt2, Frozen).check_source()
+
+    class Scores(Frozen):
+        @property
+        def output(self) -> Any:
+            return self.source.output * 2
+
+    with pytest.raises(RenamingError, match="add up to 1 only within 1"):
+        of_own(demo_gpt2, Scores).check_source()
+
+
+def test_disabled(demo_gpt2: StandardizedTransformer, capsys: pytest.CaptureFixture[str]) -> None:
+    accessor = AttentionProbabilitiesAccessor(demo_gpt2, None, True)
+    accessor.print_source()
+    assert "scaled_dot_product_attention_0" in capsys.readouterr().out
+    accessor.disable()
+    for use in (lambda: accessor[3], lambda: accessor.__setitem__(3, 0)):
+        with pytest.raises(UsageError, match=r"layer 3 .* after disable\(\)"):
+            use()
