@@ -111,7 +111,8 @@ class Subject:
         """Whether two ways to one number agree up to rounding."""
         if seen.shape != expected.shape:
             return False
-        allowed = TOLERANCE.get(seen.dtype, 1e-1) * (1e-6 + float(expected.double().abs().max()))
+        coarsest = max(TOLERANCE.get(each.dtype, 1e-1) for each in (seen, expected))
+        allowed = coarsest * (1e-6 + float(expected.double().abs().max()))
         apart = (seen.double() - expected.double()).abs()
         return bool((torch.nan_to_num(apart) <= allowed).all()) and bool((apart.isnan() == expected.isnan()).all())
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from nnsight_core.devices import has_numbers
 from nnterp.calling import config_of, evaluating
 from nnterp.inference.config_keys import ConfigKeys
+from nnterp.inference.errors import ProbeError
 from nnterp.inference.layer import LayerFinding, examine_layer
 from nnterp.inference.layers import LayersDescription, PartDescription, describe_layers
 from nnterp.inference.numbers import alike
@@ -48,7 +50,7 @@ def infer_yaml(model: torch.nn.Module, user: RenameConfig | None = None) -> str:
 
 
 def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
-    probe = run_probe(with_numbers(model))
+    probe = _probed(model)
     layers = find_layers(probe, as_list(user.layers_name))
     with evaluating(probe.model):
         parts = [examine_layer(call) for call in layers.calls]
@@ -79,6 +81,17 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         absent=_absent(paths, description, unembedding),
         cannot=_cannot(layers, description, unembedding, logits_fit),
     )
+
+
+def _probed(model: torch.nn.Module) -> Probe:
+    stand_in = with_numbers(model)
+    try:
+        return run_probe(stand_in)
+    except ProbeError:
+        if stand_in is model or not has_numbers(model):
+            raise
+        # Some models ask their config for the type of their numbers, and run in that one alone.
+        return run_probe(model)
 
 
 def _multipliers(part: PartDescription, keys: ConfigKeys) -> dict[str, str]:
