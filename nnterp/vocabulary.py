@@ -56,7 +56,8 @@ class Vocabulary:
         self._spec.refuse("project_on_vocab", "project_on_vocab(...)")
         hidden_state = self.layers_output.shape.joined(hidden_state)
         for path in self._plan.unembed:
-            hidden_state = self.get(path)(hidden_state)  # type: ignore[attr-defined]
+            module = self.get(path)  # type: ignore[attr-defined]
+            hidden_state = module(apply(_in_type_of, hidden_state, getattr(module._module, "weight", None)))
         return apply(self._finished, hidden_state)
 
     def _finished(self, logits: torch.Tensor) -> Any:
@@ -133,3 +134,9 @@ class Vocabulary:
             return self.probs_to_dict(tokens, probs)
         rows: Iterable[tuple[torch.Tensor, torch.Tensor]] = zip(tokens, probs, strict=True)
         return [self._named(token_row, prob_row) for token_row, prob_row in rows]
+
+
+def _in_type_of(hidden_state: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Some models keep the stream in single precision, and round it only for the map to the vocabulary."""
+    is_map = weight is not None and weight.ndim == 2 and weight.is_floating_point()
+    return hidden_state.to(weight.dtype) if is_map and weight is not None else hidden_state

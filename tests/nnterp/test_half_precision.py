@@ -1,4 +1,4 @@
-"""A model of half precision is opened by its structure as one of single precision is, and stays as it was."""
+"""Models of half precision: their structure shows, they stay as they were, and their own roundings are no faults."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nnterp.inference.errors import ProbeError
 from nnterp.inference.stand_in import with_numbers
 from nnterp.naming import name_modules
 from nnterp.validation import Row
+from tests.families import tiny_inputs
 from tests.matrix.models import tiny_model
 from tests.nnterp.test_inference import differences, no_specs
 
@@ -77,3 +78,14 @@ def test_logits_that_were_half_precision_on_their_way() -> None:
     assert Row("logits", "", "", exact, rounded).disagreement() is None
     assert Row("logits", "", "", rounded.float(), exact).disagreement() is not None
     assert Row("logits", "", "", exact, rounded * 1.5).disagreement() is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
+def test_a_stream_of_single_precision_before_half_a_head(model_type: str) -> None:
+    model = StandardizedTransformer(tiny_model(model_type).to(torch.bfloat16))
+    with model.trace(tiny_inputs()):
+        hidden = model.layers_output[-1].save()
+        logits = model.logits.save()
+    assert hidden.dtype == torch.float32 and model.lm_head._module.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model.project_on_vocab(hidden.value).float(), logits.value.float(), atol=2e-2, rtol=2e-2)
