@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nnsight_core.envoy import Envoy
-from nnterp.accessors import Place, read, write
-from nnterp.attention import open_place
+from nnterp.accessors import Place, ValueAccess, read, write
+from nnterp.attention import AttentionAccess, open_place
 from nnterp.attention_places import Attention
 from nnterp.errors import RenamingError, UsageError
 
@@ -89,6 +90,34 @@ def gptj_attention_prob_source(attention_module: Envoy, return_module_source: bo
     return default_attention_prob_source(attention_module, return_module_source)
 
 
+class OwnProbabilities(AttentionAccess):
+    """``model.attention_probabilities`` where the user says what makes them: that wins over what is found.
+
+    Args:
+        found: the accessor whose place this one takes.
+        source: from a layer's attention module to the operation whose ``.output`` are the probabilities.
+    """
+
+    def __init__(self, found: AttentionAccess, source: Callable[[Envoy], Any]) -> None:
+        self.__dict__.update(vars(found))
+        self._source = source
+
+    def _operation(self, layer: int) -> Any:
+        return self._source(self._root.get(ValueAccess.place(self, layer).path))
+
+    def is_open(self, layer: int) -> bool:
+        """Whether the layer has attention: what is in it the user has said."""
+        return self.has(layer)
+
+    def __getitem__(self, layer: int) -> Any:
+        return self._operation(layer).output
+
+    __call__ = __getitem__
+
+    def __setitem__(self, layer: int, value: Any) -> None:
+        self._operation(layer).output = value
+
+
 class AttentionProbabilitiesAccessor:
     """Attention probabilities by layer, (batch, head, query, key), from a source of one's own where there is one.
 
@@ -102,7 +131,8 @@ class AttentionProbabilitiesAccessor:
     Args:
         model: a `StandardizedTransformer`.
         rename_config: its ``attn_prob_source`` is called with a layer's attention module, and gives the operation whose
-            ``.output`` are the probabilities.
+            ``.output`` are the probabilities. Given to `StandardizedTransformer`, it is that of
+            ``model.attention_probabilities``, too.
         initialized_with_enable: accepted for scripts that set it; nothing has to be enabled.
     """
 

@@ -36,8 +36,8 @@ class RenameConfig:
     A name is the last component of a module's path ("blocks") or a dotted path ("decoder.blocks"), with or without a
     leading "model."; the names of layer parts are looked for inside each layer. In a list of names the first that the
     model has wins. The `..._config_key`s are keys of the config, or the number itself. `ignore_attn` and `ignore_mlp`
-    say that the model has no such part. `attn_prob_source` is for `AttentionProbabilitiesAccessor`, which reads and
-    sets what it names; `model.attention_probabilities` finds them by itself.
+    say that the model has no such part. `attn_prob_source` says what makes the probabilities in an attention module
+    (an `AttnProbFunction`); without it they are found.
     """
 
     attn_name: str | list[str] | None = None

@@ -30,6 +30,7 @@ from nnterp.accessors import (
     write,
 )
 from nnterp.attention import Heads
+from nnterp.attention_sources import OwnProbabilities
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -147,6 +148,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
             module, kwargs = source.module, {}
         super().__init__(source, tokenizer, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
         self._how_named: tuple[Any, ...] | None = (spec, rename_config, rename)
+        self._attn_prob_source = getattr(rename_config, "attn_prob_source", None)
         self._is_checked = not check_renaming
         # What no specification serves shows its structure only when it runs.
         if self.dispatched or serving_spec(module, spec) is not None:
@@ -210,6 +212,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
         self._add_norms(root, shape)
         self._add_experts(root)
         self._add_heads(root)
+        if self._attn_prob_source is not None:
+            self.attention_probabilities = OwnProbabilities(self.attention_probabilities, self._attn_prob_source)
         self.mixers_state = StateAccess(root, layers, self._spec)
 
     def _shape(self, what: str) -> StreamShape:

@@ -105,3 +105,27 @@ def test_disabled(demo_gpt2: StandardizedTransformer, capsys: pytest.CaptureFixt
     for use in (lambda: accessor[3], lambda: accessor.__setitem__(3, 0)):
         with pytest.raises(UsageError, match=r"layer 3 .* after disable\(\)"):
             use()
+
+
+@torch.no_grad()
+def test_the_users_source_wins() -> None:
+    asked: list[str] = []
+
+    def choose(module: Any) -> Any:
+        asked.append(module.path)
+        return module.source.softmax_0
+
+    module = tiny_model("gpt2")
+    module.set_attn_implementation("eager")
+    model = StandardizedTransformer(module, rename_config=RenameConfig(attn_prob_source=Own(choose)))
+    wanted = eager("gpt2")
+    with model.trace(tiny_inputs()):
+        found = model.attention_probabilities[1].save()
+    torch.testing.assert_close(found.value, wanted[1])
+    assert asked == ["transformer.h.1.attn"] and model.attn_probs_available
+    AttentionProbabilitiesAccessor(model).check_source(layer=-1)
+    with model.edit() as edited:
+        edited.attention_probabilities[1] = edited.attention_probabilities[1].flip(-1)
+    with edited.trace(tiny_inputs()):
+        turned = edited.attention_probabilities[2].save()
+    assert not torch.allclose(turned.value, wanted[2])
