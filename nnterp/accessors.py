@@ -112,14 +112,12 @@ class Place:
     positions: int = 1
 
 
-def multiplied(place: Place, factor: float) -> Place:
-    """The same place, whose value is ``factor`` times what stands there."""
-    if factor == 1:
-        return place
+def shown(place: Place, show: Callable[[Any], Any], stands: Callable[[Any], Any]) -> Place:
+    """The same place, whose value is ``show`` of what stands there, and of which ``stands`` is the inverse."""
     return replace(
         place,
-        get=lambda value: place.get(value) * factor,
-        put=lambda value, new: place.put(value, new / factor),
+        get=lambda value: show(place.get(value)),
+        put=lambda value, new: place.put(value, stands(new)),
     )
 
 

@@ -136,7 +136,8 @@ class _Finder:
             more = self._part(path, "also_added", part, "", False, True, f"layer.also_added.{index}")
             parts += [each for each in more if each.contribution not in contributions]
         is_whole, self._is_whole = self._is_whole, True
-        made = LayerPlan(path, ends[0], ends[1], tuple(parts), self._first(spec.router, path), is_whole=is_whole)
+        router = self._first(spec.router, path)
+        made = LayerPlan(path, ends[0], ends[1], tuple(parts), router, multiplier=spec.multiplier, is_whole=is_whole)
         if made.router is None:
             return made
         beside = join(made.router.rpartition(".")[0], "experts")
@@ -234,6 +235,8 @@ class _Finder:
             sum_norm=find("sum_norm"),
             multiplier=part.multiplier,
             stream_multiplier=part.stream_multiplier,
+            bias=part.bias,
+            stream_bias=part.stream_bias,
             state=part.state,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnterp.errors import UnknownNameError, nearest
 from nnterp.kept_path import KeptPath
-from nnterp.multipliers import Multiplier
+from nnterp.multipliers import LayerTensor, Multiplier
 
 __all__ = ["as_list", "join", "LayerPlan", "PartPlan", "RenameConfig", "RenamePlan"]
 
@@ -74,6 +74,9 @@ class PartPlan:
     #: What the contribution, and the stream that it is added to, are multiplied by.
     multiplier: Multiplier | None = None
     stream_multiplier: Multiplier | None = None
+    #: What is added to both before that.
+    bias: LayerTensor | None = None
+    stream_bias: LayerTensor | None = None
     #: Where the state after the last position is kept; empty where there is none.
     state: tuple[KeptPath, ...] = ()
 
@@ -92,6 +95,8 @@ class LayerPlan:
     #: The module of all experts, and that which gives the router's logits, if it is one of its own.
     experts: str | None = None
     router_logits: str | None = None
+    #: What the stream is multiplied by after the last part.
+    multiplier: Multiplier | None = None
     #: Whether all parts of the specification are among `parts`: the user may have said to leave some out.
     is_whole: bool = True
 

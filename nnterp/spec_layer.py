@@ -10,10 +10,12 @@ import yaml
 
 from nnterp.errors import MissingKeyError
 from nnterp.kept_path import KeptPath, read_kept_paths
-from nnterp.multipliers import Multiplier, read_multiplier
+from nnterp.multipliers import LayerTensor, Multiplier, read_layer_tensor, read_multiplier
 from nnterp.spec_reader import Place, key, read_name, read_path_choice, read_path_or_null, section
 
 __all__ = ["KINDS", "Layer", "Part"]
+
+PRODUCT = "a product of config keys, numbers and what the layer holds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,11 @@ class Part:
     #: The residual stream itself goes through this module before the part.
     stream: tuple[str, ...] = key(read_path_or_null, "the module that the stream itself goes through before", ())
     #: What the contribution, and the stream that it is added to, are multiplied by outside of any module.
-    multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
-    stream_multiplier: Multiplier | None = key(read_multiplier, "a product of config keys and numbers", None)
+    multiplier: Multiplier | None = key(read_multiplier, PRODUCT, None)
+    stream_multiplier: Multiplier | None = key(read_multiplier, PRODUCT, None)
+    #: What is added to both before that.
+    bias: LayerTensor | None = key(read_layer_tensor, "a tensor that the layer holds", None)
+    stream_bias: LayerTensor | None = key(read_layer_tensor, "a tensor that the layer holds", None)
     #: Where parts of several kinds have one path, what lies below it in this kind.
     has: tuple[str, ...] = key(read_path_choice, "what the module holds where it is of this kind", ())
     #: Several where a state is several tensors.
@@ -69,6 +74,8 @@ class Layer:
     convolution: Part | None = key(_part, "the convolution", None)
     #: More that is added to the stream: a second MLP beside the experts, what is made of the layer's own embeddings.
     also_added: tuple[Part, ...] = key(lambda place: _parts(place), "what else is added to the stream", ())
+    #: What the stream is multiplied by after the last part.
+    multiplier: Multiplier | None = key(read_multiplier, PRODUCT, None)
     #: Where a model keeps no list of layers: the first and the last module of one.
     input: tuple[str, ...] = key(read_path_choice, "the path of a layer's first module", ())
     output: tuple[str, ...] = key(read_path_choice, "the path of a layer's last module", ())

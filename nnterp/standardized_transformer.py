@@ -24,11 +24,12 @@ from nnterp.accessors import (
     StreamShape,
     ValueAccess,
     logits_of,
-    multiplied,
     read,
+    shown,
     with_logits,
     write,
 )
+from nnterp.additions import Addition
 from nnterp.attention import Heads
 from nnterp.attention_sources import OwnProbabilities
 from nnterp.calling import config_of
@@ -245,13 +246,22 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
             parts, reasons = (None,) * len(parts), (self._spec.cannot["contributions"],) * len(parts)
         kind = f"{name}_contribution"
         places = tuple(
-            self._contribution_place(part, f"{kind}[{index}]") if part else None for index, part in enumerate(parts)
+            self._contribution_place(root, index, part, f"{kind}[{index}]") if part else None
+            for index, part in enumerate(parts)
         )
         setattr(self, kind, ValueAccess(root, kind, places, reasons, shape))
 
-    def _contribution_place(self, part: PartPlan, label: str) -> Place:
-        factor = 1.0 if part.multiplier is None else part.multiplier.value(config_of(self._module))
-        return multiplied(Place(part.contribution, "output", label, shape=self._shape("parts")), factor)
+    def _contribution_place(self, root: Envoy, index: int, part: PartPlan, label: str) -> Place:
+        place = Place(part.contribution, "output", label, shape=self._shape("parts"))
+        if part.multiplier is None and part.bias is None:
+            return place
+        path, config = self._plan.layers[index].path, config_of(self._module)
+
+        def addition() -> Addition:
+            # What the layer holds may be loaded later.
+            return Addition(part, config, root.get(path)._module)
+
+        return shown(place, lambda value: addition().contribution(value), lambda value: addition().given(value))
 
     def _why_not(self, name: str, index: int) -> str:
         """Why a layer has no such part, or none that can be read."""

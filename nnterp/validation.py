@@ -15,6 +15,7 @@ import torch
 from nnsight_core.cache import collect
 from nnsight_core.values import first_tensor
 from nnterp.accessors import StreamShape, logits_of
+from nnterp.additions import Addition
 from nnterp.calling import call_model, config_of, evaluating, some_tokens
 from nnterp.dimensions import Dimensions
 from nnterp.errors import ValidationError
@@ -74,6 +75,7 @@ class Probe:
         paths = {path for layer in plan.layers for path in _paths(layer)}
         paths |= {*plan.embed, *plan.unembed}
         self._modules = {path: module.get_submodule(path) for path in sorted(paths)}
+        self.layer = module.get_submodule
         ids = some_tokens(module, BATCH, POSITIONS)
         given: dict[tuple[torch.nn.Module, str], Any] = {}
         with evaluating(module), torch.no_grad():
@@ -243,12 +245,13 @@ class _Table:
                 promise = f"the {name} of layer {index} reads {reads} through {part.norm}"
                 yield row(promise, probe.input(part.norm), start if beside else value)
                 yield row(promise, probe.input(part.input), probe.output(part.norm))
-            value = times(part.stream_multiplier, value, self.config)
-            value = value + times(part.multiplier, probe.output(part.contribution), self.config)
+            addition = Addition(part, self.config, probe.layer(layer.path))
+            value = addition.stream(value) + addition.contribution(probe.output(part.contribution))
             if part.sum_norm:
                 promise = f"the stream of layer {index} goes through {part.sum_norm} after its {name}"
                 yield row(promise, probe.input(part.sum_norm), value)
                 value = probe.output(part.sum_norm)
+        value = times(layer.multiplier, value, self.config, probe.layer(layer.path))
         promise = f"layers_output[{index}] is layers_input[{index}] + the contributions of its parts"
         yield Row("contributions", promise, self.spec.where("layer"), probe.output(layer.output), value)
 

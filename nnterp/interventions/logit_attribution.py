@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nnsight_core.values import first_tensor
+from nnterp.additions import Addition
 from nnterp.calling import config_of
 from nnterp.errors import CannotError, UsageError
 from nnterp.interventions.metrics import Answer, token_ids
@@ -169,13 +170,22 @@ def _by_part(model: StandardizedTransformer, prompts: list[str]) -> Pieces:
         tracer.stop()
     names, config = ["embeddings"], config_of(model._module)
     for layer, part in parts:
-        if part.stream_multiplier:
-            stack = [part.stream_multiplier.value(config) * each for each in stack]
-        names.append(f"{part.kind.replace('_', ' ')} {layer}")
-        added = times(part.multiplier, first_tensor(cache[part.contribution].output), config)
+        plan, name = model._plan.layers[layer], f"{part.kind.replace('_', ' ')} {layer}"
+        addition = Addition(part, config, model.get(plan.path)._module)
+        if part.stream_bias:
+            names.append(f"bias before {name}")
+            stack.append(torch.zeros_like(stack[0]))
+        before = [times(part.stream_multiplier, each, config, addition.layer) for each in stack]
+        if part.stream_bias:
+            before[-1] = addition.stream(stack[-1])
+        names.append(name)
+        added = addition.contribution(first_tensor(cache[part.contribution].output))
         shape = model.mixers_output.shape
-        stack.append(shape.view(added.reshape(len(prompts), -1, added.shape[-1]) if added.ndim == 2 else added)[:, -1:])
-    return names, stack, end, norm
+        added = shape.view(added.reshape(len(prompts), -1, added.shape[-1]) if added.ndim == 2 else added)[:, -1:]
+        stack = [*before, added]
+        if part is plan.parts[-1]:
+            stack = [times(plan.multiplier, each, config, addition.layer) for each in stack]
+    return names, [each.detach() for each in stack], end, norm
 
 
 def _check_parts(model: StandardizedTransformer, parts: list[tuple[int, PartPlan]]) -> None:

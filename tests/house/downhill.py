@@ -69,6 +69,7 @@ ORDER = (
     "nnterp/prefix_space.py",
     "nnterp/token_text.py",
     "nnterp/accessors.py",
+    "nnterp/additions.py",
     "nnterp/rename.py",
     "nnterp/dimensions.py",
     "nnterp/rename_plan.py",

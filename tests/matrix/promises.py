@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nnterp.additions import Addition
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
@@ -178,15 +179,16 @@ def contributions(case: Case) -> None:
             given = (part.contribution, part.sum_norm, part.stream)
             places += [(path, "output") for path in given if path]
         found = hooks.read(case.module, places, case.ids)
-        value = found[layer.input, "input"]
+        value, holder = found[layer.input, "input"], case.module.get_submodule(layer.path)
         for part in layer.parts:
+            addition = Addition(part, case.module.config, holder)
             if part.stream:
                 value = case.module.get_submodule(part.stream)(value).detach()
-            value = times(part.stream_multiplier, value, case.module.config)
             added = found[part.contribution, "output"].reshape(value.shape)
-            value = value + times(part.multiplier, added, case.module.config)
+            value = (addition.stream(value) + addition.contribution(added)).detach()
             if part.sum_norm:
                 value = case.module.get_submodule(part.sum_norm)(value).detach()
+        value = times(layer.multiplier, value, case.module.config, holder)
         close(found[layer.output, "output"], value, f"the sum of {layer.path}")
 
 

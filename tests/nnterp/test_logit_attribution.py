@@ -9,6 +9,8 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import CannotError, MissingPartError, UsageError
 from nnterp.interventions import logit_attribution
 from tests.families import tiny_model
+from tests.matrix.models import MODEL_TYPES
+from tests.matrix.models import tiny_model as matrix_model
 from tests.nnterp.test_logit_lens import byte_tokenizer
 
 PROMPTS = ["some text", "short", "and one more text"]
@@ -37,6 +39,19 @@ def test_the_parts_sum_to_the_logit(family: str, by: str) -> None:
     factor = multiplier.value(model.config) if multiplier else 1
     for column, (prompt, token) in enumerate(zip(PROMPTS, (7, 8, 9), strict=True)):
         assert float(found.logits[column] - factor * plain_logits(model, prompt)[token]) == pytest.approx(0, abs=1e-4)
+
+
+#: The stream is multiplied by vectors, weighted by depth, shifted, or multiplied after the last part.
+SCALED = ("doge", "beam", "zaya", "gemma4_text", "gpt_neox_japanese")
+
+
+@pytest.mark.parametrize("family", [name for name in SCALED if name in MODEL_TYPES])
+def test_parts_of_a_stream_that_is_itself_scaled_sum_to_the_logit(family: str) -> None:
+    model = StandardizedTransformer(matrix_model(family), tokenizer=byte_tokenizer())
+    found = logit_attribution(model, PROMPTS[0], 7)
+    assert float(found.logits[0] - plain_logits(model, PROMPTS[0])[7]) == pytest.approx(0, abs=1e-4)
+    assert ("bias before mlp 0" in found.names) == (family == "zaya")
+    assert float(found.scores.abs().max()) > 1e-3 and not found.scores.requires_grad
 
 
 @torch.no_grad()
