@@ -99,6 +99,27 @@ def test_a_layer_without_attention_says_what_it_has_instead() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "block"), [("zamba", "shared_transf"), ("zamba2", "shared_transformer")])
+def test_the_attention_that_layers_share_is_read_and_set_in_each_by_its_own_name(model_type: str, block: str) -> None:
+    case = Case(model_type)
+    layers = {
+        getattr(each, block): index for index, each in enumerate(case.module.model.layers) if hasattr(each, block)
+    }
+    for layer in layers.values():
+        with pytest.raises(MissingPartError, match=block), case.model.trace(case.ids):
+            case.model.attentions_output[layer].save()
+        place = (f"model.layers.{layer}.{block}.self_attn", "output")
+        truth = hooks.read(case.module, [place], case.ids)[place]
+        expected = hooks.changed_logits(case.module, place, lambda each: each * 2, case.ids)
+        with torch.no_grad(), case.model.trace(case.ids):
+            attention = case.model.layers[layer].get(f"{block}.self_attn")
+            seen = attention.output[0].clone().save()
+            attention.output[0][:] = attention.output[0] * 2
+            logits = case.model.logits.save()
+        assert torch.equal(seen, truth) and torch.equal(logits, expected) and not torch.equal(logits, case.logits)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", ["transformer.h.0.mlp", "transformer.h.0.mlp.dense_4h_to_h"])
 def test_what_a_model_writes_into_is_read_as_it_was(path: str) -> None:
     """Falcon adds the attention into what the MLP gave; by the module's own name as well, it is what it was."""
