@@ -26,16 +26,25 @@ if TYPE_CHECKING:
     from nnterp.rename_plan import LayerPlan, RenamePlan
     from nnterp.spec import ArchitectureSpec
 
-__all__ = ["frozen", "FrozenNorm", "Norms", "NormScales", "probes"]
+__all__ = ["frozen", "FrozenNorm", "Norms", "NormScales", "probes", "rounding"]
 
 #: The size of the inputs that a norm is tried with: far above any epsilon, and its square far below what float16 holds.
 SIZE = 64.0
-#: How far what the frozen norm gives may be from what the norm gives, relative to its size: rounding, not meaning.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: How far two ways to one number may be apart, relative to its size.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 NO_NORM = "it has no such part, or none that reads the stream through a norm."
 NO_SUM_NORM = "it has no such part, or the stream goes through no norm once what it gives is added."
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways to one number may be apart in this precision, relative to its size: rounding, not meaning.
+
+    >>> rounding(torch.float32)
+    0.0001
+    """
+    return _ROUNDING.get(dtype, 5e-2)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def frozen(stream: torch.Tensor, given: Any, tried: Any, label: str = "the norm"
     # A position that is nothing but zeros gives no scale; what it contributes is zero whatever the scale.
     inverse = torch.where(inverse.isfinite() & (inverse != 0), inverse, torch.ones_like(inverse))
     if is_known:
-        _check(whole * inverse + bias, y, TOLERANCE.get(values[1].dtype, 5e-2), label)
+        _check(whole * inverse + bias, y, rounding(values[1].dtype), label)
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     return FrozenNorm(weight.to(dtype), bias.to(dtype), (1 / inverse).to(dtype), centers)
 
@@ -348,7 +357,7 @@ class Norms:
             (found,) = torch.autograd.grad(chosen[0].sum(), at, materialize_grads=True)
         first, second, third = (each.detach().double() for each in chosen)
         apart = float((third - 2 * second + first).abs().max())
-        if apart > TOLERANCE.get(weight.dtype, 5e-2) * (1e-6 + float(third.abs().max())):
+        if apart > rounding(weight.dtype) * (1e-6 + float(third.abs().max())):
             reason = "the way from the final norm to the logits is not linear"
             reason += f": along one line the logits bend by {apart:.3g}."
             raise CannotError("unembedding_directions(...)", reason, self._spec.where("unembed"))

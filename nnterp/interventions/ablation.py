@@ -12,6 +12,7 @@ scrubbing (Chan et al. 2022, https://www.alignmentforum.org/posts/JvZhhzycHu2Yd5
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,15 +24,13 @@ from nnterp.interventions.sites import (
     HEADS,
     Prompts,
     activations,
-    axes_of,
     chosen_kinds,
     chosen_layers,
     chosen_positions,
     prompt_ids,
-    sites_of,
     token_texts,
 )
-from nnterp.interventions.sweep import SweepResult, base_metric, filled, sweep
+from nnterp.interventions.sweep import SweepResult, base_metric, in_batches, sweep
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -96,10 +95,8 @@ def ablation(
     result = SweepResult({}, {}, base_metric(model, ids, metric), wanted, places, token_texts(model, ids))
     for kind in kinds:
         sources = _sources(model, ids, kind, wanted, method, reference, seed)
-        axes = axes_of(kind, each_position)
-        entries, shape = sites_of(kind, sources, wanted, places, axes)
-        found = sweep(model, ids, metric, kind, entries, sources, batch_size)
-        result = result.having(kind, filled(found, entries, shape), axes)
+        run = partial(sweep, model, ids, metric, kind, sources=sources, batch_size=batch_size)
+        result = result.having(kind, sources, each_position, run)
     return result
 
 
@@ -137,8 +134,8 @@ def _means(
     rows = token_rows(model.tokenizer, reference, {})
     sums: dict[int, torch.Tensor] = {}
     # One prompt at a time, so that their lengths do not matter; in float32, for in half precision sums would not.
-    for row in rows:
-        for layer, value in activations(model, torch.tensor([row]), kind, layers).items():
+    for batch in in_batches(rows, 1, f"mean of {kind}", "prompt"):
+        for layer, value in activations(model, torch.tensor(batch), kind, layers).items():
             total = value.float().sum((0, axis)).unsqueeze(axis - 1)[None]
             sums[layer] = sums[layer] + total if layer in sums else total
     count = sum(len(row) for row in rows)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,15 +24,13 @@ from nnterp.interventions.metrics import Metric
 from nnterp.interventions.sites import (
     Prompts,
     activations,
-    axes_of,
     chosen_kinds,
     chosen_layers,
     chosen_positions,
     prompt_pair,
-    sites_of,
     token_texts,
 )
-from nnterp.interventions.sweep import SweepResult, base_metric, filled, sweep
+from nnterp.interventions.sweep import SweepResult, base_metric, sweep
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -124,28 +123,26 @@ def activation_patching(
         MissingPartError: no layer of the model has such a part.
         ClosedAttentionError: heads are asked for, and the model's attention does not show them.
     """
-    clean_ids, corrupted_ids = prompt_pair(model, clean, corrupted)
-    kinds, wanted = chosen_kinds(model, sites), chosen_layers(model, layers)
-    places = chosen_positions(clean_ids.shape[1], positions)
-    result = unpatched(model, clean_ids, corrupted_ids, metric, wanted, places)
+    kinds = chosen_kinds(model, sites)
+    ids, corrupted_ids, result = unpatched(model, clean, corrupted, metric, layers, positions)
     for kind in kinds:
-        sources = activations(model, clean_ids, kind, wanted)
-        axes = axes_of(kind, each_position)
-        entries, shape = sites_of(kind, sources, wanted, places, axes)
-        found = sweep(model, corrupted_ids, metric, kind, entries, sources, batch_size)
-        result = result.having(kind, filled(found, entries, shape), axes)
+        sources = activations(model, ids, kind, result.layers)
+        run = partial(sweep, model, corrupted_ids, metric, kind, sources=sources, batch_size=batch_size)
+        result = result.having(kind, sources, each_position, run)
     return result
 
 
 def unpatched(
     model: StandardizedTransformer,
-    clean_ids: torch.Tensor,
-    corrupted_ids: torch.Tensor,
+    clean: Prompts,
+    corrupted: Prompts,
     metric: Metric,
-    layers: tuple[int, ...],
-    positions: tuple[int, ...],
-) -> PatchingResult:
-    """A result that has the two metrics, and no sites yet; the prompts are token ids, (prompt, position)."""
-    corrupted, clean = (base_metric(model, ids, metric) for ids in (corrupted_ids, clean_ids))
-    tokens = token_texts(model, corrupted_ids), token_texts(model, clean_ids)
-    return PatchingResult({}, {}, corrupted, layers, positions, tokens[0], clean, tokens[1])
+    layers: Sequence[int] | None,
+    positions: Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, PatchingResult]:
+    """The token ids of both kinds of prompts, (prompt, position), and a result with their metrics, and no sites yet."""
+    pair = prompt_pair(model, clean, corrupted)
+    wanted, places = chosen_layers(model, layers), chosen_positions(pair[0].shape[1], positions)
+    after, before = (base_metric(model, ids, metric) for ids in pair)
+    tokens, others = (token_texts(model, ids) for ids in reversed(pair))
+    return *pair, PatchingResult({}, {}, before, wanted, places, tokens, after, others)

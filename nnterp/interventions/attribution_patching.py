@@ -12,7 +12,8 @@ https://arxiv.org/abs/1703.01365; for patching Hanna et al. 2024, https://arxiv.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,17 +22,7 @@ from tqdm import tqdm
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, unpatched
 from nnterp.interventions.metrics import Metric, measured
-from nnterp.interventions.sites import (
-    Prompts,
-    activations,
-    axes_of,
-    chosen_kinds,
-    chosen_layers,
-    chosen_positions,
-    prompt_pair,
-    sites_of,
-)
-from nnterp.interventions.sweep import filled
+from nnterp.interventions.sites import Prompts, Site, activations, chosen_kinds
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -84,21 +75,20 @@ def attribution_patching(
     """
     if steps is not None and steps < 1:
         raise UsageError(f"steps={steps}: give 1 or more, or None for the gradient of the corrupted run.")
-    ids, corrupted_ids = prompt_pair(model, clean, corrupted)
-    kinds, wanted = chosen_kinds(model, sites), chosen_layers(model, layers)
-    places = chosen_positions(ids.shape[1], positions)
-    result = unpatched(model, ids, corrupted_ids, metric, wanted, places)
+    kinds = chosen_kinds(model, sites)
+    ids, corrupted_ids, result = unpatched(model, clean, corrupted, metric, layers, positions)
     way = None if steps is None else _way(model, ids, corrupted_ids, steps)
     for kind in kinds:
-        there, here = (activations(model, each, kind, wanted) for each in (ids, corrupted_ids))
+        there, here = (activations(model, each, kind, result.layers) for each in (ids, corrupted_ids))
         gradients = _mean_gradients(model, corrupted_ids, metric, kind, tuple(here), way)
         effects = {layer: ((there[layer] - here[layer]).float() * gradients[layer]) for layer in here}
-        axes = axes_of(kind, each_position)
-        entries, shape = sites_of(kind, here, wanted, places, axes)
-        # All of a site's numbers add up; the first axis is that of the prompts.
-        found = [result.before + site.of(effects[site.layer]).flatten(1).sum(1).cpu() for site in entries]
-        result = result.having(kind, filled(torch.stack(found, 1), entries, shape), axes)
+        result = result.having(kind, here, each_position, partial(_estimates, result.before, effects))
     return result
+
+
+def _estimates(before: torch.Tensor, effects: Mapping[int, torch.Tensor], sites: Sequence[Site]) -> torch.Tensor:
+    """The metric that each site comes to, (prompt, site): what its numbers do adds up."""
+    return torch.stack([before + site.of(effects[site.layer]).flatten(1).sum(1).cpu() for site in sites], 1)
 
 
 def _way(

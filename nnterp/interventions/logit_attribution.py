@@ -16,14 +16,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from nnsight_core.values import first_tensor
 from nnterp.additions import Addition
 from nnterp.calling import config_of
 from nnterp.errors import CannotError, UsageError
 from nnterp.interventions.metrics import Answer, token_ids
+from nnterp.interventions.sweep import as_prompts, in_batches
 from nnterp.multipliers import times
+from nnterp.norms import rounding
 
 if TYPE_CHECKING:
     from nnterp.norms import FrozenNorm
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     Pieces = tuple[list[str], list[torch.Tensor], torch.Tensor, FrozenNorm | None]
 
 __all__ = ["logit_attribution", "LogitAttribution"]
-
-#: How far the parts may be from the last layer's output, relative to its size: rounding, not meaning.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +92,11 @@ def logit_attribution(
     """
     if by not in ("part", "layer"):
         raise UsageError(f"by={by!r} is no way to take the model apart: give 'part' or 'layer'.")
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given or batch_size < 1:
-        raise UsageError(
-            f"{len(given)} prompts in batches of {batch_size}: give at least one, and a size of 1 or more."
-        )
+    given = as_prompts(prompts)
     directions, biases = _directions(model, answer, against, len(given))
     rows = []
-    starts = range(0, len(given), batch_size)
-    for start in tqdm(starts, desc="logit attribution", unit="batch", disable=len(starts) == 1):
-        chosen = slice(start, start + batch_size)
+    for batch in in_batches(range(len(given)), batch_size, "logit attribution"):
+        chosen = slice(batch[0], batch[-1] + 1)
         names, stack, frozen_bias = _contributions(model, given[chosen], by)
         scores = torch.einsum("cph,ph->cp", stack, directions[chosen])
         constant = torch.einsum("h,ph->p", frozen_bias, directions[chosen]) + biases[chosen]
@@ -212,7 +205,7 @@ def _last(value: Any) -> torch.Tensor:
 
 def _check(model: StandardizedTransformer, total: Any, end: torch.Tensor, dtype: torch.dtype) -> None:
     apart = float((total - end).abs().max())
-    if apart > TOLERANCE.get(dtype, 5e-2) * (1 + float(end.abs().max())):
+    if apart > rounding(dtype) * (1 + float(end.abs().max())):
         raise CannotError(
             "logit_attribution(...)",
             f"what the parts add is not the last layer's output: the two are up to {apart:.3g} apart.",

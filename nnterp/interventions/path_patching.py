@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +22,8 @@ from nnterp.accessors import Place, read, write
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import PatchingResult, unpatched
 from nnterp.interventions.metrics import Metric, measured
-from nnterp.interventions.sites import (
-    HEADS,
-    Prompts,
-    Site,
-    activations,
-    axes_of,
-    chosen_kinds,
-    chosen_layers,
-    chosen_positions,
-    prompt_pair,
-    sites_of,
-)
-from nnterp.interventions.sweep import batches, filled
+from nnterp.interventions.sites import HEADS, Prompts, Site, activations, chosen_kinds
+from nnterp.interventions.sweep import batches
 
 if TYPE_CHECKING:
     from nnterp.rename_plan import PartPlan
@@ -107,18 +97,12 @@ def path_patching(
     Raises:
         PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError, ClosedAttentionError: as there.
     """
-    ids, corrupted_ids = prompt_pair(model, clean, corrupted)
-    kinds, wanted = _senders(model, senders), chosen_layers(model, layers)
-    places, ends = chosen_positions(ids.shape[1], positions), _receivers(model, receivers)
-    result = unpatched(model, ids, corrupted_ids, metric, wanted, places)
+    kinds, ends = _senders(model, senders), _receivers(model, receivers)
+    ids, corrupted_ids, result = unpatched(model, clean, corrupted, metric, layers, positions)
     for kind in kinds:
         paths = _Paths(model, corrupted_ids, kind, ends, freeze_mlps)
-        sources, axes = activations(model, ids, kind, wanted), axes_of(kind, each_position)
-        entries, shape = sites_of(kind, sources, wanted, places, axes)
-        found: list[torch.Tensor] = []
-        for part in batches(entries, len(ids), batch_size, kind):
-            found.extend(paths.measured(paths.taken(part, sources), metric))
-        result = result.having(kind, filled(torch.stack(found, 1), entries, shape), axes)
+        sources = activations(model, ids, kind, result.layers)
+        result = result.having(kind, sources, each_position, partial(paths.swept, sources, metric, batch_size))
     return result
 
 
@@ -251,6 +235,15 @@ class _Paths:
             cache = tracer.cache(modules=modules)
         order = list(cache.keys())
         return sorted(parts, key=lambda part: order.index(self._root.get(part.output).path))
+
+    def swept(
+        self, sources: Mapping[int, torch.Tensor], metric: Metric, batch_size: int, senders: Sequence[Site]
+    ) -> torch.Tensor:
+        """The metric for each sender, (prompt, sender)."""
+        found: list[torch.Tensor] = []
+        for part in batches(senders, len(self._ids), batch_size, self._kind):
+            found.extend(self.measured(self.taken(part, sources), metric))
+        return torch.stack(found, 1)
 
     def taken(
         self, senders: Sequence[Site], sources: Mapping[int, torch.Tensor]

@@ -6,23 +6,25 @@ depend on the other rows, so a batch gives what as many single passes would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from nnterp.errors import UsageError
 from nnterp.interventions.metrics import Metric, measured
-from nnterp.interventions.sites import Site
+from nnterp.interventions.sites import Site, axes_of, sites_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["base_metric", "batches", "filled", "sweep", "SweepResult"]
+__all__ = ["as_prompts", "base_metric", "batches", "filled", "in_batches", "sweep", "SweepResult"]
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,25 @@ class SweepResult:
         """How much the metric changed, mean over the prompts: (layer, position) or as ``axes`` says."""
         return self[kind] - self.before.mean()
 
-    def having(self, kind: str, values: torch.Tensor, axes: tuple[str, ...]) -> Self:
-        """The same with one more kind of site."""
-        return replace(self, values={**self.values, kind: values}, axes={**self.axes, kind: axes})
+    def having(
+        self,
+        kind: str,
+        sources: Mapping[int, torch.Tensor],
+        each_position: bool | None,
+        run: Callable[[Sequence[Site]], torch.Tensor],
+    ) -> Self:
+        """The same with one more kind of site.
+
+        Args:
+            kind: the kind.
+            sources: for each layer the values that are put, which show how many heads there are.
+            each_position: each position by itself, or all together; if None together for heads alone.
+            run: the metric when one site at a time is changed, (prompt, site).
+        """
+        axes = axes_of(kind, each_position)
+        sites, shape = sites_of(kind, sources, self.layers, self.positions, axes)
+        values = {**self.values, kind: filled(run(sites), sites, shape)}
+        return replace(self, values=values, axes={**self.axes, kind: axes})
 
     def _of(self, kind: str) -> torch.Tensor:
         if kind not in self.values:
@@ -72,9 +90,34 @@ def batches(sites: Sequence[Site], prompts: int, batch_size: int, title: str) ->
     """
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: give 1 or more.")
-    size = max(1, batch_size // prompts)
-    parts = [sites[start : start + size] for start in range(0, len(sites), size)]
-    bar: Sequence[Sequence[Site]] = tqdm(parts, desc=title, unit="batch", disable=len(parts) <= 1, delay=1, leave=False)
+    return in_batches(sites, max(1, batch_size // prompts), title)
+
+
+def as_prompts(prompts: Sequence[str] | str) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        UsageError: there is none.
+    """
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise UsageError("0 prompts were given: give at least one prompt.")
+    return given
+
+
+def in_batches(rows: Sequence[Row], size: int, title: str, unit: str = "batch") -> Sequence[Sequence[Row]]:
+    """The rows, ``size`` at a time, with a progress bar where that is more than a moment.
+
+    >>> [list(batch) for batch in in_batches("abc", 2, "letters")]
+    [['a', 'b'], ['c']]
+
+    Raises:
+        UsageError: the size is below 1.
+    """
+    if size < 1:
+        raise UsageError(f"A batch of {size} is none: give 1 or more.")
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    bar: Sequence[Sequence[Row]] = tqdm(parts, desc=title, unit=unit, disable=len(parts) <= 1, delay=1, leave=False)
     return bar
 
 

@@ -11,15 +11,15 @@ https://arxiv.org/abs/1605.01713). Integrated gradients go from a baseline to th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from tqdm import tqdm
 
 from nnterp.errors import UsageError
 from nnterp.interventions.metrics import Metric, measured
+from nnterp.interventions.sweep import as_prompts, in_batches
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -63,8 +63,7 @@ def gradient_x_input(
         CannotError: the family has no token embeddings.
     """
     rows: list[torch.Tensor] = []
-    batches = list(_batches(prompts, batch_size))
-    for batch in tqdm(batches, desc="gradient x input", unit="batch", disable=len(batches) == 1):
+    for batch in map(list, in_batches(as_prompts(prompts), batch_size, "gradient x input")):
         embeddings, mask = _embeddings(model, batch)
         gradient = _gradients(model, batch, embeddings, metric or _top)
         rows += list(((embeddings * gradient).sum(-1) * mask).float().cpu())
@@ -113,9 +112,9 @@ def integrated_gradients(
     points, weights = numpy.polynomial.legendre.leggauss(steps)
     places, shares = torch.tensor((points + 1) / 2), torch.tensor(weights / 2)
     rows: list[torch.Tensor] = []
-    given = [prompt for (prompt,) in _batches(prompts, 1)]
+    given = as_prompts(prompts)
     baseline = mean_embedding(model) if baseline is None else baseline
-    for prompt in tqdm(given, desc="integrated gradients", unit="prompt", disable=len(given) == 1):
+    for (prompt,) in in_batches(given, 1, "integrated gradients", "prompt"):
         embeddings, _ = _embeddings(model, [prompt])
         start = _baseline(baseline, embeddings)
         explained = metric or _logit_of(model, prompt)
@@ -127,15 +126,6 @@ def integrated_gradients(
         rows.append(((embeddings - start)[0] * total).sum(-1).float().cpu())
         _check_sum(model, prompt, float(rows[-1].sum()), torch.cat([start, embeddings]), explained, steps)
     return _padded(rows)
-
-
-def _batches(prompts: Sequence[str] | str, size: int) -> Iterator[list[str]]:
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given or size < 1:
-        raise UsageError(
-            f"{len(given)} prompts in batches of {size}: give at least one prompt, and a size of 1 or more."
-        )
-    return (given[start : start + size] for start in range(0, len(given), size))
 
 
 def _embeddings(model: StandardizedTransformer, prompts: list[str] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
