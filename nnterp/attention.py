@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nnsight_core.envoy import Envoy
+from nnsight_core.operations import operation_of
 from nnsight_core.sites import user_site
 from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.attention_kernel import kernel_places
@@ -158,6 +160,33 @@ class AttentionAccess(HeadAccess):
         SourceError: the kernel drops out probabilities at random, as in training.
         ShapeError: what is set has another shape.
     """
+
+    def source_of(self, layer: int) -> str:
+        """Which operation of which module the value is taken from, and the file and line that call it.
+
+        >>> from nnterp import StandardizedTransformer
+        >>> print(StandardizedTransformer("demo-llama").attention_probabilities.source_of(1))  # doctest: +ELLIPSIS
+        attention_probabilities[1]: probabilities of scaled_dot_product_attention_0 in model.layers.1.self_attn
+          .../sdpa_attention.py:...   attn_output = torch.nn.functional.scaled_dot_product_attention(
+
+        Raises:
+            MissingPartError: the layer has no attention.
+            ClosedAttentionError: its attention cannot be opened.
+        """
+        place = self.place(layer)
+        name, value = operation_of(place.kind), place.kind.rpartition(".")[2]
+        operation = self._root.get(place.path).source[name]
+        where = f"{operation.file}:{operation.line}   {operation.text}".rstrip()
+        return f"{place.label}: {value} of {name} in {place.path}\n  {where}"
+
+    def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
+        """Write to the terminal what :meth:`source_of` says.
+
+        Args:
+            layer: which layer.
+            allow_dispatch: accepted for scripts that set it; no weights are needed.
+        """
+        sys.stdout.write(f"{self.source_of(layer)}\n")
 
 
 class Heads:

@@ -361,3 +361,18 @@ def test_training_with_dropout_says_so() -> None:
 
 def test_it_is_known_whether_they_are_there(model: StandardizedTransformer) -> None:
     assert model.attn_probs_available
+
+
+def test_what_was_opened_is_shown_with_its_line(
+    model: StandardizedTransformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.attention_probabilities.print_source(LAYER)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("attention_probabilities[1]: probabilities of scaled_dot_product_attention_0 in ")
+    file, _, rest = shown[1].strip().partition("   ")
+    path, _, line = file.rpartition(":")
+    assert rest == "attn_output = torch.nn.functional.scaled_dot_product_attention("
+    with open(path, encoding="utf-8") as source:
+        assert source.readlines()[int(line) - 1].strip() == rest
+    model.attention_scores.print_source(LAYER)
+    assert capsys.readouterr().out.startswith("attention_scores[1]: scores of scaled")
