@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from nnsight_core.batch_axes import Axes, Axis
 from nnsight_core.dry_run import Place
 from nnsight_core.errors import RowsError
 from nnsight_core.sites import user_site
-from nnsight_core.values import entries_of, is_dataclass_value, like_tuple, with_attribute, with_entry
+from nnsight_core.values import entries_of, is_dataclass_value, like_tuple, share_storage, with_attribute, with_entry
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,21 @@ class Rows:
             changed = value.clone()
             changed[chosen] = part
             return changed
+        if _may_be_written_into(value, place) and self._is_as_taken(value, part, place):
+            return value
         return _rebuilt(value, lambda entry, other, key: self.put(entry, other, _inside(place, key)), part)
+
+    def _is_as_taken(self, value: Any, part: Any, place: Place | None) -> bool:
+        """Whether ``part`` is what :meth:`take` gives of ``value``, unchanged."""
+        if isinstance(value, torch.Tensor):
+            chosen = self._range(value, place)
+            return part is value or (chosen is not None and _is_same_view(part, value[chosen]))
+        entries, others = entries_of(value), dict(entries_of(part))
+        if not entries:
+            return part is value or (type(part) is type(value) and not others and part == value)
+        return [key for key, _ in entries] == list(others) and all(
+            self._is_as_taken(entry, others[key], _inside(place, key)) for key, entry in entries
+        )
 
     def of_inputs(self) -> Rows:
         """The same rows of the inputs as they were given, whatever the model makes of them."""
@@ -178,6 +192,22 @@ class StrictRows(Rows):
 
 
 _SHARED = "This value is one for all inputs of the batch, so that one invoke cannot change it for itself alone."
+
+
+def _may_be_written_into(value: Any, place: Place | None) -> bool:
+    """Whether ``value`` is an argument that the module may fill for others, such as a dict of what is cached: it has to
+    stay who it is.
+    """
+    is_argument = place is not None and place[1].endswith("input") and len(place[2]) > 1
+    return is_argument and isinstance(value, (list, MutableMapping))
+
+
+def _is_same_view(one: Any, other: torch.Tensor) -> bool:
+    return (
+        share_storage(one, other)
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one.storage_offset() == other.storage_offset()
+    )
 
 
 def _inside(place: Place | None, key: Any) -> Place | None:

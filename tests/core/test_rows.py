@@ -283,3 +283,49 @@ def test_as_many_heads_before_the_batch_as_prompts(heads: int) -> None:
         close(output, module(torch.tensor([prompts[-1]])))
     else:
         assert not output.value.any()
+
+
+class Keeps(nn.Module):
+    """Writes what it has seen into a dict that it is given, beside what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+    def forward(self, x: torch.Tensor, kept: dict[str, Any]) -> torch.Tensor:
+        kept["now"] = self.inner(x)
+        return kept["now"] + kept["before"][0]
+
+
+class Fills(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeps = Keeps()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept: dict[str, Any] = {"before": [x * 2, None]}
+        given = self.keeps(x, kept)
+        return given + kept["now"]
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("sets", [False, True])
+def test_an_argument_that_a_module_writes_into_stays_the_models_own(with_gradients: bool, sets: bool) -> None:
+    module = Fills()
+    model = NNsight(module)
+    x, y = (torch.randn(1, 3, requires_grad=with_gradients) for _ in range(2))
+    with torch.set_grad_enabled(with_gradients), model.trace() as tracer:
+        with tracer.invoke(x):
+            seen = model.keeps.input.save()
+            if sets:
+                model.keeps.input = model.keeps.input * 0.5
+            mine = model.output.save()
+        with tracer.invoke(y):
+            theirs = model.output.save()
+            if with_gradients:
+                theirs.sum().backward()
+    assert tracer.forward_passes == 1
+    close(seen[0][0], x)
+    half = x * 0.5 if sets else x
+    close(mine, half.tanh() * 2 + x * 2)
+    close(theirs, module(y))
