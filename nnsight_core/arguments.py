@@ -131,7 +131,7 @@ def pending_tape(value: Any) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """``value`` with lists, dicts and small tensors copied: what a script later does to its own changes nothing.
+    """``value`` with containers, arrays and small tensors copied: what a script later does to its own changes nothing.
 
     Large tensors are kept as they are; that they have been changed is noticed when they are used.
     """
@@ -141,7 +141,7 @@ def frozen(value: Any) -> Any:
 def _frozen(value: Any) -> Any:
     if issubclass(type(value), Standin):
         return value._tape.standing(value) if value._value is PENDING else value
-    return copied_if_small(value)
+    return copied_if_plain(value)
 
 
 def copied_if_small(value: Any) -> Any:

@@ -197,7 +197,7 @@ class EditRuns:
     def close(self, session: OpenSession | None = None) -> None:
         """The trace is over; in a session its values are kept for later ones."""
         for edit, run in self._latest.items():
-            edit.keep(run.results)
+            edit.keep(run.results, session is not None)
         for scope in self._scopes:
             end_scope(scope, session)
         self._scopes, self._clients = [], []

@@ -187,21 +187,22 @@ class Edit(Tape):
             found = self._in_this_trace(proxy)
         return super().save(proxy) if found is None else found.save()
 
-    def keep(self, results: dict[int, Proxy]) -> None:
+    def keep(self, results: dict[int, Proxy], in_session: bool = False) -> None:
         """A run of the model is over: let the proxies that were saved stand for what it gave.
 
         Args:
             results: by step, what it gave.
+            in_session: those that were not saved do so too, as long as the session lasts.
         """
         for number, reference in enumerate(self._values):
             proxy = reference()
-            if proxy is not None and proxy._saved and number in results:
+            if proxy is not None and (proxy._saved or in_session) and number in results:
                 result = results[number]
                 before = proxy._live.last
                 # What did not come is told, but does not take the place of what came in an earlier run of this trace.
                 if result._value is not PENDING or before is None or not before._scope.open:
                     proxy._live.last = result
-                    object.__setattr__(result, "_saved", True)
+                    object.__setattr__(result, "_saved", proxy._saved)
 
     def __repr__(self) -> str:
         head = f"Edit {self.name!r} at {self._site.short}" if self.name else f"Edit at {self._site.short}"

@@ -167,6 +167,10 @@ def test_a_pending_value_that_goes_into_a_tensor_is_in_it(net: nn.Sequential, mo
     close(total + 0, net[0](A))
 
 
+def filled(value: torch.Tensor, given: np.ndarray[Any, Any]) -> torch.Tensor:
+    return value * 0 + torch.from_numpy(given)
+
+
 def test_what_is_changed_after_its_use_was_used_as_it_was(model: NNsight) -> None:
     vector, results = torch.zeros_like(A), []
     with model.trace() as tracer:
@@ -174,6 +178,14 @@ def test_what_is_changed_after_its_use_was_used_as_it_was(model: NNsight) -> Non
             vector.fill_(number)
             with tracer.invoke(A):
                 model[0].output = model[0].output * 0 + vector
+                results.append(model[0].output.save())
+    assert [each.value.unique().tolist() for each in results] == [[1.0], [2.0]]
+    array, results = np.zeros(3), []
+    with model.trace() as tracer:
+        for number in (1, 2):
+            array[:] = number
+            with tracer.invoke(A):
+                model[0].output = nnsight_core.apply(filled, model[0].output, array)
                 results.append(model[0].output.save())
     assert [each.value.unique().tolist() for each in results] == [[1.0], [2.0]]
     columns = [0]

@@ -49,6 +49,31 @@ def test_what_was_not_saved_is_let_go_at_the_end() -> None:
         hidden.sum()
 
 
+def test_a_value_of_an_edit_that_was_not_saved_lives_as_long_as_the_session() -> None:
+    net = layers()
+    model = NNsight(net)
+    with model.edit() as edited:
+        doubled = edited[0].output * 2
+    with model.session():
+        for x in (X, Y):
+            with edited.trace(x):
+                assert edited.output is not None
+            assert torch.equal(doubled.value, net[0](x) * 2)
+        with model.trace(X):
+            model[1].input = doubled
+            kept = model.output.save()
+        held = weakref.ref(doubled.value)
+    assert torch.equal(kept.value, net[2](net[1](net[0](Y) * 2)))
+    assert held() is None
+    with pytest.raises(ReleasedValueError, match="released when its trace or session ended"):
+        doubled.sum()
+    # Without a session it has to be saved, as ever.
+    with edited.trace(X):
+        assert edited.output is not None
+    with pytest.raises(ReleasedValueError):
+        doubled.sum()
+
+
 def test_what_no_variable_holds_is_let_go_at_once() -> None:
     model = NNsight(layers())
     with model.session() as session:

@@ -125,7 +125,7 @@ def _late(self: Interleaver, client: Any) -> None:
 
 WRONG = {
     "bodies before edits": (Interleaver, "enrol", _late),
-    "values of an earlier trace": (Edit, "keep", lambda self, results: None),
+    "values of an earlier trace": (Edit, "keep", lambda self, results, in_session: None),
     "an edit that is not made": (Edit, "instructions", property(lambda self: [], lambda self, value: None)),
 }
 
