@@ -10,6 +10,7 @@ import torch
 from nnsight_core.counting import CallCounter
 from nnsight_core.errors import NNsightError
 from nnsight_core.events import Event, PastEvent
+from nnsight_core.operations import is_call
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site
 
@@ -91,7 +92,7 @@ class Asked:
     @property
     def is_call(self) -> bool:
         """Whether it is what something is called with, and not what it gives."""
-        return self.kind.rpartition(".")[2] in ("input", "skip")
+        return is_call(self.kind)
 
 
 class Client(Protocol):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 
+from nnsight_core.carried import standing
 from nnsight_core.copies import with_tensors
 from nnsight_core.dry_run import Place, run_dry
 from nnsight_core.fold_order import made_distinct, rows_follow
@@ -123,6 +125,13 @@ class BatchAxes:
         Raises:
             LookupError: it cannot be told.
         """
+        *others, last = standing(place)
+        for other in others:
+            with suppress(LookupError):
+                return self._standing_axis(other, shape)
+        return self._standing_axis(last, shape)
+
+    def _standing_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
         try:
             return self._axis(place, shape, self._call)
         except LookupError:
@@ -138,7 +147,14 @@ class BatchAxes:
         Raises:
             LookupError: it cannot be told, or they do not.
         """
-        axis = self.of(place, shape)
+        *others, last = standing(place)
+        for other in others:
+            with suppress(LookupError):
+                return self._sure_axis(other, shape)
+        return self._sure_axis(last, shape)
+
+    def _sure_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        axis = self._standing_axis(place, shape)
         if axis is None or axis[1] == self.spread:
             return axis
         if not _is_there(self._root):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nnsight_core.errors import OutOfOrderError
-from nnsight_core.operations import Memory
+from nnsight_core.operations import Memory, is_call
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, user_site
 from nnsight_core.values import Pair
@@ -52,7 +52,7 @@ class Event:
     @property
     def is_call(self) -> bool:
         """Whether it is what something is called with, and not what it gives."""
-        return self.kind.rpartition(".")[2] in ("input", "skip")
+        return is_call(self.kind)
 
     @property
     def event(self) -> Event:

@@ -152,6 +152,11 @@ class HookBoard:
         """The operations in calls of ``module`` in this pass, so far; None if none has run with the tap on."""
         return None if self._taps is None else self._taps.names(module)
 
+    @property
+    def are_carrying(self) -> bool:
+        """Whether something that was set is still on its way to the operations that take it."""
+        return self._taps is not None and self._taps.are_carrying
+
     def tap_of(self, module: torch.nn.Module) -> Tap | None:
         """What is to be on while ``module``, which is about to run, runs."""
         return None if self._taps is None else self._taps.tap_of(module)

@@ -335,7 +335,7 @@ class Interleaver(Turns):
             Exception: whatever the model raises on the way.
             OrderError: a client waits for what did not come.
         """
-        if not self._waiting and not self._observers and not counts:
+        if not self._waiting and not self._observers and not counts and not self.hooks.are_carrying:
             self.hooks.clear()
         try:
             if self.stopped_at is None and (counts or not self._run_here()):

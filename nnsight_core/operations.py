@@ -52,6 +52,15 @@ def is_operation(kind: str) -> bool:
     return kind.startswith(PREFIX)
 
 
+def is_call(kind: str) -> bool:
+    """Whether a value of this kind is what something is called with, and not what it gives.
+
+    >>> is_call("input"), is_call("source.matmul_0.input&cat_1"), is_call("source.matmul_0.output")
+    (True, True, False)
+    """
+    return kind.rpartition(".")[2].partition("&")[0] in ("input", "skip")
+
+
 def operation_of(kind: str) -> str:
     """The name of the operation whose value is of this kind.
 
@@ -102,13 +111,21 @@ class Tap(TorchFunctionMode):
         visit: sees what each operation is called with, and what it gives.
         listens: whether ``visit`` has a use for the value at a place inside an operation, which costs something to
             tell; without it, for all that can be told.
+        ended: called when the call has come to its end.
     """
 
-    def __init__(self, module: torch.nn.Module, visit: Visit, listens: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        visit: Visit,
+        listens: Callable[[str], bool] | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
         self.module = module
         self._visit = visit
         self._listens = listens
+        self._ended = ended
         #: How many operations of each name there have been.
         self.counts: dict[str, int] = {}
         self._opened_in = 0
@@ -121,9 +138,17 @@ class Tap(TorchFunctionMode):
         self._opened_in = id(sys._getframe())
         torch._C._push_on_torch_function_stack(self)
         try:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+            self.end()
+            return result
         finally:
             self.close()
+
+    def end(self) -> None:
+        """The call has come to its end."""
+        self.close()
+        if self._ended is not None:
+            self._ended()
 
     def join(self, call: FrameType, gone: Sequence[str]) -> None:
         """Be the tap of ``call``, which is under way and has ``gone`` by operations of these names."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
+from nnsight_core.carried import Carried, Carrier
 from nnsight_core.operations import Memory, Tap, operation_of
 from nnsight_core.values import map_tensors
 
@@ -30,6 +31,8 @@ class Taps:
         self._deliver = deliver
         self._modules: set[torch.nn.Module] = set()
         self._listening: set[tuple[torch.nn.Module, str]] = set()
+        self._carried: dict[torch.nn.Module, dict[Carried, None]] = {}
+        self._carriers: list[Carrier] = []
         #: For each module that has been tapped while it ran, the operations that there were.
         self._ran: dict[torch.nn.Module, dict[str, None]] = {}
         self._joined: list[Tap] = []
@@ -41,6 +44,9 @@ class Taps:
     def listen(self, module: torch.nn.Module, kind: str) -> None:
         """Deliver ``kind``, a value of an operation of ``module``, from now on."""
         self._listening.add((module, kind))
+        carried = Carried.of(kind)
+        if carried is not None:
+            self._carried.setdefault(module, {})[carried] = None
 
     def names(self, module: torch.nn.Module) -> list[str] | None:
         """The operations in calls of ``module``, so far; None if none has run with the tap on."""
@@ -84,30 +90,55 @@ class Taps:
         """``call`` is over: its tap, if it has got one while it was under way, goes."""
         for tap in self._joined:
             if tap.is_of(call):
-                tap.close()
+                tap.end()
 
     def _new(self, module: torch.nn.Module, compare: Callable[[str], None] | None) -> Tap:
-        ran = self._ran.setdefault(module, {})
+        ran, carrier = self._ran.setdefault(module, {}), Carrier()
+        self._carriers.append(carrier)
 
         def visit(kind: str, value: Any, memory: Memory) -> tuple[Any] | None:
             if kind.endswith(".input"):
                 ran[operation_of(kind)] = None
                 if compare is not None:
                     compare(operation_of(kind))
-            if (module, kind) not in self._listening or getcurrent() is not self._coroutine():
+            if getcurrent() is not self._coroutine():
                 return None
-            changed = self._deliver(module, kind, value, memory)
-            if not kind.endswith(".output") or (changed is None and memory != "own"):
+            carried = self._carried.get(module)
+            if carried is None:
+                return self._visit(module, kind, value, memory)
+            if not kind.endswith(".input"):
+                changed = self._visit(module, kind, value, memory)
+                # What is changed in place stays the tensor that it is.
+                carrier.made(carried, kind, value if changed is None or memory == "in place" else changed[0])
                 return changed
-            # The model may change it in place, and whoever has looked is to keep what was.
-            return (map_tensors(torch.Tensor.clone, value if changed is None else changed[0]),)
+            call = carrier.replaced(value)
+            changed = self._visit(module, kind, call, memory)
+            call = call if changed is None else changed[0]
+            call = carrier.shown(carried, kind, call, lambda kind, call: self._deliver(module, kind, call, "shared"))
+            return None if call is value else (call,)
 
-        return Tap(module, visit, lambda kind: (module, kind) in self._listening)
+        return Tap(module, visit, lambda kind: (module, kind) in self._listening, carrier.ended)
+
+    def _visit(self, module: torch.nn.Module, kind: str, value: Any, memory: Memory) -> tuple[Any] | None:
+        if (module, kind) not in self._listening:
+            return None
+        changed = self._deliver(module, kind, value, memory)
+        if not kind.endswith(".output") or (changed is None and memory != "own"):
+            return changed
+        # The model may change it in place, and whoever has looked is to keep what was.
+        return (map_tensors(torch.Tensor.clone, value if changed is None else changed[0]),)
+
+    @property
+    def are_carrying(self) -> bool:
+        """Whether a tensor that was shown is still on its way to those who take it."""
+        return any(each.is_on_its_way for each in self._carriers)
 
     def clear(self) -> None:
         """Listen for nothing any more."""
         self._modules.clear()
         self._listening.clear()
+        self._carried.clear()
+        self._carriers.clear()
         for tap in self._joined:
             tap.close()
         self._joined.clear()

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nnsight_core.envoy import Envoy
 from nnsight_core.operations import operation_of
 from nnsight_core.sites import user_site
 from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.attention_kernel import kernel_places
+from nnterp.attention_operations import operation_places
 from nnterp.attention_places import Attention, AttentionPlaces
 from nnterp.errors import CannotError, UsageError
 
 if TYPE_CHECKING:
-    from nnterp.rename_plan import RenamePlan
+    from nnterp.rename_plan import PartPlan, RenamePlan
     from nnterp.spec import ArchitectureSpec
 
 #: The accessors, and which of the places of a layer's attention each reads and sets.
@@ -30,7 +33,7 @@ NAMES = {
 }
 
 #: Who knows where the values stand in which attention; the first that knows a place of a value is believed.
-_FINDERS: tuple[Callable[[Attention], AttentionPlaces], ...] = (kernel_places,)
+_FINDERS: tuple[Callable[[Attention], AttentionPlaces], ...] = (kernel_places, operation_places)
 
 
 class ClosedAttentionError(UsageError):
@@ -39,22 +42,23 @@ class ClosedAttentionError(UsageError):
     def __init__(self, asked: str, why: str) -> None:
         super().__init__(
             f"{asked} was asked for, but {why}\n"
-            "Where the family has it, load the model with attn_implementation='sdpa'; the module's .source shows all "
-            "that it computes."
+            "The module's .source shows all that it computes; its operations can be read and set there by their names."
         )
 
 
-def open_place(attention: Attention, name: str, label: str) -> Place:
-    """Where one of the values of `AttentionPlaces` stands in an attention module; ``label`` is what users call it.
+def open_place(attention: Attention, name: str, label: str) -> tuple[Place, AttentionPlaces]:
+    """Where one of the values of `AttentionPlaces` stands in an attention module, and where all stand that are told of
+    with it; ``label`` is what users call it.
 
     Raises:
         ClosedAttentionError: nobody knows.
     """
     reasons = []
     for find in _FINDERS:
-        found: Place | str = getattr(find(attention), name)
+        places = find(attention)
+        found: Place | str = getattr(places, name)
         if isinstance(found, Place):
-            return replace(found, label=label, positions=2)
+            return replace(found, label=label, positions=2), places
         reasons.append(found)
     raise ClosedAttentionError(label, reasons[-1])
 
@@ -62,9 +66,10 @@ def open_place(attention: Attention, name: str, label: str) -> Place:
 class HeadAccess(ValueAccess):
     """``queries[i]``, ``keys[i]``, ``values[i]``, ``heads_output[i]``: (batch, head, position, head_dim), read and set.
 
-    They are the arguments and the result of the layer's attention kernel: queries and keys after rotation where the
-    family rotates, keys and values of all positions in the cache, with a head for each of ``num_kv_heads``, and the
-    output of each head before the output projection (and before a gate, where the family has one after the kernel).
+    They are the arguments and the result of the layer's attention kernel, or of the products of matrices that stand in
+    its place: queries and keys after rotation where the family rotates, keys and values of all positions in the cache
+    and of those that the model itself puts before the tokens, with a head for each of ``num_kv_heads``, and the output
+    of each head before the output projection (and before a gate, where the family has one after that).
     Setting keys or values changes this layer's attention in this pass; it does not change what the cache holds.
 
     >>> from nnterp import StandardizedTransformer
@@ -77,7 +82,7 @@ class HeadAccess(ValueAccess):
     True
 
     Raises:
-        ClosedAttentionError: the layer does not run scaled dot-product attention through transformers.
+        ClosedAttentionError: the layer's attention cannot be opened.
         ShapeError: what is set has another shape.
     """
 
@@ -104,6 +109,9 @@ class HeadAccess(ValueAccess):
             CannotError: the family has no such value.
             ClosedAttentionError: its attention cannot be opened.
         """
+        return self._where(layer)[0]
+
+    def _where(self, layer: int) -> tuple[Place, AttentionPlaces]:
         path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
         self._spec.refuse(self.name, label)
         return open_place(Attention(self._root.get(path), path, *self._counts), NAMES[self.name], label)
@@ -119,10 +127,10 @@ class HeadAccess(ValueAccess):
         return True
 
     def _open(self, layer: int) -> Place:
-        place = self.place(layer)
-        if place.kind.startswith("source."):
+        place, places = self._where(layer)
+        for path in places.counted:
             # Operations are counted from the start of a call: the module has to know before it runs.
-            _ = self._root.get(place.path).source
+            _ = self._root.get(path).source
         return place
 
     def __getitem__(self, layer: int) -> Any:
@@ -206,15 +214,20 @@ class Heads:
     num_kv_heads: int
     _plan: RenamePlan
     _spec: ArchitectureSpec
+    _module: torch.nn.Module
 
     def _add_heads(self, root: Envoy) -> None:
         parts = tuple(each.part("attention") for each in self._plan.layers)
-        modules = tuple(part.module if part else None for part in parts)
+        modules = tuple(self._heads_module(part) if part else None for part in parts)
         groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
         counts = groups, self.num_heads or 0
         for name in NAMES:
             kind = AttentionAccess if name.startswith("attention_") else HeadAccess
             setattr(self, name, kind(root, name, modules, self.attentions_output._why_not, counts, self._spec))
+
+    def _heads_module(self, part: PartPlan) -> str | None:
+        is_list = part.module is not None and isinstance(self._module.get_submodule(part.module), torch.nn.ModuleList)
+        return part.output if is_list else part.module
 
     @property
     def attn_probs_available(self) -> bool:

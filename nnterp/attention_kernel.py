@@ -25,8 +25,12 @@ def kernel_places(attention: Attention) -> AttentionPlaces:
     """The values of attention that hands its heads to ``scaled_dot_product_attention``, once in each call."""
     module = attention.envoy._module
     why = _why_closed(module)
-    if why is not None:
-        return AttentionPlaces.closed(why)
+    return places_in_kernel(attention) if why is None else AttentionPlaces.closed(why)
+
+
+def places_in_kernel(attention: Attention) -> AttentionPlaces:
+    """The values of a module that calls ``scaled_dot_product_attention`` once in each of its calls."""
+    module = attention.envoy._module
     heads = _Heads(getattr(module, "num_key_value_groups", None) or attention.groups, attention.heads)
 
     def argument(name: str) -> Place:

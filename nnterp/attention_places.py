@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nnsight_core.envoy import Envoy
 from nnterp.accessors import Place
+from nnterp.rename_plan import join
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,22 @@ class AttentionPlaces:
     scores: Place | str
     probabilities: Place | str
     heads_output: Place | str
+
+    @property
+    def counted(self) -> set[str]:
+        """The modules whose operations are meant."""
+        places = (getattr(self, each.name) for each in fields(self))
+        return {each.path for each in places if isinstance(each, Place) and each.kind.startswith("source.")}
+
+    def below(self, path: str) -> AttentionPlaces:
+        """The same places, with paths that begin with ``path``."""
+        moved: dict[str, Place | str] = {}
+        for each in fields(self):
+            place = getattr(self, each.name)
+            if isinstance(place, Place):
+                place = replace(place, path=join(path, place.path) if place.path else path)
+            moved[each.name] = place
+        return AttentionPlaces(**moved)
 
     @classmethod
     def closed(cls, why: str) -> AttentionPlaces:

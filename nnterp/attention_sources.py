@@ -42,8 +42,10 @@ class ProbabilitySource:
     def __init__(self, attention_module: Envoy) -> None:
         self._envoy = attention_module
         label = f"The attention probabilities of {attention_module.path}"
-        self._place: Place = open_place(Attention(attention_module, "", 1, 0), "probabilities", label)
-        _ = attention_module.source
+        self._place: Place
+        self._place, places = open_place(Attention(attention_module, "", 1, 0), "probabilities", label)
+        for path in places.counted:
+            _ = attention_module.get(path).source
 
     @property
     def output(self) -> Any:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.attention import ClosedAttentionError
-from tests.matrix.models import Case, tiny_model
+from tests.matrix.models import tiny_model
 
 PROMPTS = (["The Eiffel Tower is"], ["The Eiffel Tower is in the city", "The"])
 
@@ -94,19 +93,6 @@ def test_values_that_are_set_change_their_heads_alone(name: str, prompts: list[s
     group = model.num_heads // model.num_kv_heads
     assert not after[:, :group].any()
     assert torch.equal(after[:, group:], before[:, group:])
-
-
-def test_another_attention_says_so() -> None:
-    model = StandardizedTransformer("demo-llama", attn_implementation="eager")
-    with pytest.raises(ClosedAttentionError, match="eager"), model.trace("The"):
-        model.queries[0].save()
-
-
-@pytest.mark.parametrize(("model_type", "why"), [("diffllama", "several times"), ("bloom", "does not hand")])
-def test_attention_that_is_not_one_call_says_so(model_type: str, why: str) -> None:
-    model = Case(model_type).model
-    with pytest.raises(ClosedAttentionError, match=why), model.trace(torch.tensor([[3, 5, 7]])):
-        model.heads_output[0].save()
 
 
 def test_heads_that_are_alike_are_all_there() -> None:
