@@ -1,12 +1,15 @@
-"""Attention probabilities by the names of scripts that look for them themselves: a source of one's own, and a check.
+"""Attention probabilities from wherever they are made: found, or from a source of the user's, and checked by numbers.
 
-`model.attention_probabilities[layer]` reads and sets them without any of this.
+model.attention_probabilities[3]                      # in a trace, read and set
+model.attention_probabilities.check_source(layer=3)   # are they what the model goes on with?
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,77 +95,71 @@ def gptj_attention_prob_source(attention_module: Envoy, return_module_source: bo
     return default_attention_prob_source(attention_module, return_module_source)
 
 
-class OwnProbabilities(AttentionAccess):
-    """``model.attention_probabilities`` where the user says what makes them: that wins over what is found.
+class AttentionProbabilitiesAccessor(AttentionAccess):
+    """``model.attention_probabilities``: by layer (batch, head, query, key), read and set; for each query they add up
+    to 1.
 
-    Args:
-        found: the accessor whose place this one takes.
-        source: from a layer's attention module to the operation whose ``.output`` are the probabilities.
-    """
+    >>> from nnterp import StandardizedTransformer
+    >>> model = StandardizedTransformer("demo-llama")
+    >>> with model.trace("The Eiffel Tower"):
+    ...     model.attention_probabilities[3][:, 2] = 0      # head 2 of layer 3 looks at nothing
+    ...     logits = model.logits.save()
 
-    def __init__(self, found: AttentionAccess, source: Callable[[Envoy], Any]) -> None:
-        self.__dict__.update(vars(found))
-        self._source = source
-
-    def _operation(self, layer: int) -> Any:
-        return self._source(self._root.get(ValueAccess.place(self, layer).path))
-
-    def is_open(self, layer: int) -> bool:
-        """Whether the layer has attention: what is in it the user has said."""
-        return self.has(layer)
-
-    def __getitem__(self, layer: int) -> Any:
-        return self._operation(layer).output
-
-    __call__ = __getitem__
-
-    def __setitem__(self, layer: int, value: Any) -> None:
-        self._operation(layer).output = value
-
-
-class AttentionProbabilitiesAccessor:
-    """Attention probabilities by layer, (batch, head, query, key), from a source of one's own where there is one.
-
-        own = AttentionProbabilitiesAccessor(model, RenameConfig(attn_prob_source=Mine()))
-        own.check_source()
-        with model.trace("The Eiffel Tower"):
-            own[3][:, 2] = 0
-
-    Without a source it is ``model.attention_probabilities``.
+    They are found in the layer's attention, see :class:`~nnterp.attention.AttentionAccess`, unless the user says what
+    makes them, by ``attn_prob_source`` of a `RenameConfig`. A script may make accessors of its own.
 
     Args:
         model: a `StandardizedTransformer`.
         rename_config: its ``attn_prob_source`` is called with a layer's attention module, and gives the operation whose
-            ``.output`` are the probabilities. Given to `StandardizedTransformer`, it is that of
-            ``model.attention_probabilities``, too.
+            ``.output`` are the probabilities.
         initialized_with_enable: accepted for scripts that set it; nothing has to be enabled.
+
+    Raises:
+        ClosedAttentionError: a layer's attention cannot be opened, and there is no source of the user's.
+        UsageError: they are asked for after :meth:`disable`.
     """
 
     def __init__(self, model: Any, rename_config: Any = None, initialized_with_enable: bool = False) -> None:
-        self.model = model
+        self.__dict__.update(vars(model.attention_probabilities))
+        said = getattr(rename_config, "attn_prob_source", None)
+        self._source: Callable[[Envoy], Any] | None = said or self.__dict__.get("_source")
+        self._model: Callable[[], Any] = partial(_itself, model)
         self.enabled = True
-        self._source = getattr(rename_config, "attn_prob_source", None)
+
+    @classmethod
+    def of(cls, model: Any, source: Callable[[Envoy], Any] | None) -> AttentionProbabilitiesAccessor:
+        """A model's own: the model holds it, so that it does not hold the model."""
+        made = cls(model)
+        made._source, made._model = source, weakref.ref(model)
+        return made
 
     def disable(self) -> None:
         """Refuse to read and to set from now on."""
         self.enabled = False
 
+    def is_open(self, layer: int) -> bool:
+        """Whether they can be had of a layer as the model runs now."""
+        return self.enabled and (self.has(layer) if self._source is not None else super().is_open(layer))
+
+    def _module(self, layer: int) -> Envoy:
+        return self._root.get(ValueAccess.place(self, layer).path)
+
     def _operation(self, layer: int) -> Any:
-        """The operation that the source of one's own names; None without one."""
+        """The operation that the user's source names; None without one."""
         if not self.enabled:
             raise UsageError(f"The attention probabilities of layer {layer} were asked for after disable().")
-        return None if self._source is None else self._source(self.model.attentions[layer])
+        return None if self._source is None else self._source(self._module(layer))
 
     def __getitem__(self, layer: int) -> Any:
-        """The probabilities of a layer, (batch, head, query, key), in a trace."""
         operation = self._operation(layer)
-        return self.model.attention_probabilities[layer] if operation is None else operation.output
+        return super().__getitem__(layer) if operation is None else operation.output
+
+    __call__ = __getitem__
 
     def __setitem__(self, layer: int, value: Any) -> None:
-        """Lets the model go on with other probabilities."""
         operation = self._operation(layer)
         if operation is None:
-            self.model.attention_probabilities[layer] = value
+            super().__setitem__(layer, value)
         else:
             operation.output = value
 
@@ -170,7 +167,8 @@ class AttentionProbabilitiesAccessor:
         """Checks by numbers, with two small passes, that these are the probabilities that the model goes on with.
 
         >>> from nnterp import StandardizedTransformer
-        >>> AttentionProbabilitiesAccessor(StandardizedTransformer("demo-gpt2")).check_source(layer=2)
+        >>> model = StandardizedTransformer("demo-gpt2")
+        >>> model.attention_probabilities.check_source(layer=2)
 
         Args:
             layer: which layer.
@@ -180,23 +178,24 @@ class AttentionProbabilitiesAccessor:
         Raises:
             RenamingError: they are no probabilities, of another shape, or the model does not go on with them.
         """
-        if not (self.model.dispatched or allow_dispatch):
+        model = self._model()
+        if not (model.dispatched or allow_dispatch):
             return
-        ids = torch.arange(CHECKED)[None] % self.model.vocab_size
+        ids = torch.arange(CHECKED)[None] % model.vocab_size
         with torch.no_grad():
-            with self.model.trace(ids):
+            with model.trace(ids):
                 found = self[layer].save()
-                before = self.model.logits.save()
-            wanted = (1, self.model.num_heads, CHECKED, CHECKED)
+                before = model.logits.save()
+            wanted = (1, model.num_heads, CHECKED, CHECKED)
             values = found.value.float()
             if tuple(values.shape) != wanted:
                 raise self._wrong(layer, f"of shape {tuple(values.shape)} and not (batch, head, query, key) = {wanted}")
             off = float((values.sum(-1) - 1).abs().max())
             if off > 1e-2 or float(values.min()) < 0:
                 raise self._wrong(layer, f"no probabilities: for some query they add up to 1 only within {off:.3g}")
-            with self.model.trace(ids):
+            with model.trace(ids):
                 self[layer] = self[layer].flip(-1)
-                after = self.model.logits.save()
+                after = model.logits.save()
         if torch.equal(before.value, after.value):
             raise self._wrong(layer, "nothing that the model goes on with: its logits are the same when they change")
 
@@ -209,5 +208,9 @@ class AttentionProbabilitiesAccessor:
 
     def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
         """Writes to the terminal which operations a layer's attention runs, line by line."""
-        if self.model.dispatched or allow_dispatch:
-            sys.stdout.write(f"{self.model.attentions[layer].source}\n")
+        if self._model().dispatched or allow_dispatch:
+            sys.stdout.write(f"{self._module(layer).source}\n")
+
+
+def _itself(value: Any) -> Any:
+    return value

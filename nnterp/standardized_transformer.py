@@ -31,7 +31,7 @@ from nnterp.accessors import (
 )
 from nnterp.additions import Addition
 from nnterp.attention import Heads
-from nnterp.attention_sources import OwnProbabilities
+from nnterp.attention_sources import AttentionProbabilitiesAccessor
 from nnterp.calling import config_of
 from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
@@ -104,6 +104,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     head_dim: int
     hidden_size: int
     vocab_size: int
+    attention_probabilities: AttentionProbabilitiesAccessor
     attentions: ModuleAccess
     mixers: ModuleAccess
     mlps: ModuleAccess
@@ -213,8 +214,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
         self._add_norms(root, shape)
         self._add_experts(root)
         self._add_heads(root)
-        if self._attn_prob_source is not None:
-            self.attention_probabilities = OwnProbabilities(self.attention_probabilities, self._attn_prob_source)
+        self.attention_probabilities = AttentionProbabilitiesAccessor.of(self, self._attn_prob_source)
         self.mixers_state = StateAccess(root, layers, self._spec)
 
     def _shape(self, what: str) -> StreamShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,8 @@ class Frozen:
 
 
 def test_a_source_of_ones_own_is_checked(demo_gpt2: StandardizedTransformer) -> None:
-    AttentionProbabilitiesAccessor(demo_gpt2).check_source(layer=2)
+    demo_gpt2.attention_probabilities.check_source(layer=2)
+    AttentionProbabilitiesAccessor(demo_gpt2).check_source(layer=-1)
     of_own(demo_gpt2, default_attention_prob_source).check_source()
     with pytest.raises(RenamingError, match=r"of shape .* and not \(batch, head, query, key\) = \(1, 4, 5, 5\)"):
         of_own(demo_gpt2, lambda module: module.source.scaled_dot_product_attention_0).check_source()
@@ -100,8 +102,11 @@ def test_a_source_of_ones_own_is_checked(demo_gpt2: StandardizedTransformer) -> 
 def test_disabled(demo_gpt2: StandardizedTransformer, capsys: pytest.CaptureFixture[str]) -> None:
     accessor = AttentionProbabilitiesAccessor(demo_gpt2, None, True)
     accessor.print_source()
-    assert "scaled_dot_product_attention_0" in capsys.readouterr().out
+    demo_gpt2.attention_probabilities.print_source(1)
+    assert capsys.readouterr().out.count("scaled_dot_product_attention_0 ") == 2
+    assert accessor.is_open(3)
     accessor.disable()
+    assert not accessor.is_open(3) and demo_gpt2.attention_probabilities.is_open(3)
     for use in (lambda: accessor[3], lambda: accessor.__setitem__(3, 0)):
         with pytest.raises(UsageError, match=r"layer 3 .* after disable\(\)"):
             use()
@@ -123,9 +128,18 @@ def test_the_users_source_wins() -> None:
         found = model.attention_probabilities[1].save()
     torch.testing.assert_close(found.value, wanted[1])
     assert asked == ["transformer.h.1.attn"] and model.attn_probs_available
-    AttentionProbabilitiesAccessor(model).check_source(layer=-1)
+    model.attention_probabilities.check_source(layer=-1)
+    assert len(asked) > 2
     with model.edit() as edited:
         edited.attention_probabilities[1] = edited.attention_probabilities[1].flip(-1)
     with edited.trace(tiny_inputs()):
         turned = edited.attention_probabilities[2].save()
     assert not torch.allclose(turned.value, wanted[2])
+
+
+def test_a_model_is_not_held_by_its_own() -> None:
+    model = StandardizedTransformer(tiny_model("gpt2"))
+    gone, accessor = weakref.ref(model), model.attention_probabilities
+    assert isinstance(accessor, AttentionProbabilitiesAccessor)
+    del model
+    assert gone() is None
