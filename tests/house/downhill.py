@@ -31,6 +31,7 @@ ORDER = (
     "nnterp/interventions/__init__.py",
     "nnterp/interventions/*.py",
     "nnterp/interventions/activation_patching.py",
+    "nnterp/interventions/attribution_units.py",
     "nnterp/interventions/sweep.py",
     "nnterp/interventions/target_prompts.py",
     "nnterp/interventions/sites.py",

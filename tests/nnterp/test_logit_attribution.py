@@ -8,6 +8,7 @@ import torch
 from nnterp import StandardizedTransformer
 from nnterp.errors import CannotError, MissingPartError, UsageError
 from nnterp.interventions import logit_attribution
+from nnterp.interventions.logit_attribution import WAYS
 from tests.families import tiny_model
 from tests.matrix.models import MODEL_TYPES
 from tests.matrix.models import tiny_model as matrix_model
@@ -77,6 +78,74 @@ def test_one_part_adds_what_is_lost_without_it_under_the_same_norm() -> None:
     assert float(found.logits[0]) == pytest.approx(float(logits[ids[0]] - logits[ids[1]]), abs=1e-4)
 
 
+@torch.no_grad()
+def paris_against_rome(
+    model: StandardizedTransformer, prompt: str, matrices: list[torch.nn.Module]
+) -> tuple[list[torch.Tensor], torch.Tensor, float]:
+    """By hooks on the plain model: what each matrix takes, the direction to the logits, and their difference."""
+    plain, taken, ids = model._module, [], [model.tokenizer.encode(city)[0] for city in (" Paris", " Rome")]
+    norm = plain.transformer.ln_f if hasattr(plain, "transformer") else plain.model.norm
+    handles = [
+        each.register_forward_pre_hook(lambda _, given: taken.append(given[0][0, -1])) for each in [*matrices, norm]
+    ]
+    logits = plain(model.tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
+    for handle in handles:
+        handle.remove()
+    *inside, end = taken
+    direction = (plain.lm_head.weight[ids[0]] - plain.lm_head.weight[ids[1]]) * norm.weight
+    if isinstance(norm, torch.nn.LayerNorm):
+        direction = (direction - direction.mean()) / (end.var(unbiased=False) + norm.eps).sqrt()
+    else:
+        direction = direction / (end.square().mean() + norm.variance_epsilon).sqrt()
+    return inside, direction, float(logits[ids[0]] - logits[ids[1]])
+
+
+@pytest.mark.parametrize("name", ["demo_gpt2", "demo_llama"])
+def test_a_neuron_adds_its_activation_times_its_row(name: str, request: pytest.FixtureRequest) -> None:
+    model: StandardizedTransformer = request.getfixturevalue(name)
+    prompts = ["The Eiffel Tower is in the city of", "Paris and"]
+    found = logit_attribution(model, prompts, " Paris", against=" Rome", by="neuron")
+    mlps = [layer.mlp._module for layer in model.layers]
+    rows = [each.c_proj.weight if name == "demo_gpt2" else each.down_proj.weight.T for each in mlps]
+    matrices = [each.c_proj if name == "demo_gpt2" else each.down_proj for each in mlps]
+    by_layer = found.by_layer()
+    assert by_layer.shape == (model.num_layers, rows[0].shape[0], 2) and not by_layer.isnan().any()
+    for column, prompt in enumerate(prompts):
+        inside, direction, difference = paris_against_rome(model, prompt, matrices)
+        for layer, neurons in enumerate(inside):
+            assert torch.allclose(by_layer[layer, :, column], neurons * (rows[layer] @ direction), atol=1e-5)
+        assert float(found.logits[column]) == pytest.approx(difference, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "opt", "granite", "falcon_h1", "minicpm3", "codegen"])
+@pytest.mark.parametrize("by", ["neuron"])
+def test_neurons_and_biases_sum_to_the_logit(by: str, family: str) -> None:
+    """One matrix or several, norms and multipliers after it, and a part that is no module of its own."""
+    model = StandardizedTransformer(tiny_model(family), tokenizer=byte_tokenizer())
+    found, part = logit_attribution(model, PROMPTS, [7, 8, 9], by=by, batch_size=2), WAYS[by]
+    whole = logit_attribution(model, PROMPTS, [7, 8, 9])
+    for layer in range(model.num_layers):
+        rows = found.units[layer]
+        assert found.names[rows.start] == f"{part} {layer} {by} 0" and found.names[rows.stop] == f"{part} {layer} bias"
+        total = found.scores[rows.start : rows.stop + 1].sum(0)
+        assert torch.allclose(total, whole.scores[whole.names.index(f"{part} {layer}")], atol=1e-5)
+    for column, (prompt, token) in enumerate(zip(PROMPTS, (7, 8, 9), strict=True)):
+        with torch.no_grad():
+            ids = model.tokenizer(prompt, return_tensors="pt").input_ids
+            logits = model._module(input_ids=ids).logits[0, -1]
+        if family != "gemma2":  # its logits are capped
+            assert float(found.logits[column] - logits[token]) == pytest.approx(0, abs=1e-4)
+
+
+def test_experts_have_no_neurons_of_their_own() -> None:
+    mixtral = StandardizedTransformer(tiny_model("mixtral"), tokenizer=byte_tokenizer())
+    with pytest.raises(CannotError, match="in layer 0 the MLP is made of experts"):
+        logit_attribution(mixtral, "some text", 7, by="neuron")
+    mamba = StandardizedTransformer(tiny_model("mamba"), tokenizer=byte_tokenizer())
+    with pytest.raises(MissingPartError, match="mlps_output"):
+        logit_attribution(mamba, "some text", 7, by="neuron")
+
+
 def test_contributions_are_what_the_layer_adds() -> None:
     """In Gemma 2 what a part gives goes through a norm first; in Granite it is multiplied."""
     for family in ("gemma2", "granite", "gpt2"):
@@ -107,7 +176,9 @@ def test_what_is_no_sum_says_so() -> None:
 
 def test_mistakes_are_named() -> None:
     model = StandardizedTransformer("demo-gpt2")
-    with pytest.raises(UsageError, match="'part' or 'layer'"):
+    with pytest.raises(UsageError, match="not by neuron"):
+        logit_attribution(model, "a", " Paris", by="layer").by_layer()
+    with pytest.raises(UsageError, match="one of 'part', 'layer', 'neuron'"):
         logit_attribution(model, "a", " Paris", by="token")
     with pytest.raises(UsageError, match="at least one"):
         logit_attribution(model, [], " Paris")
