@@ -11,6 +11,7 @@ Models" (https://arxiv.org/abs/2401.06102). Targets are made in :mod:`nnterp.int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -222,7 +223,7 @@ def patch_object_attn_lens(
             for index, layer in enumerate(layers):
                 inside = [row for row, (start, _) in enumerate(batch) if start <= layer < start + num_patches]
                 latents = [values[index, batch[row][1]] for row in inside]
-                _write(nn_model.attentions_input, layer, inside, columns, latents)
+                _write(nn_model, "attentions_input", layer, inside, columns, latents)
             found.append(_next_probs(nn_model))
     return _by_prompt(found, nn_model.num_layers)
 
@@ -249,7 +250,7 @@ def _sources(
     if prompts is not None:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         read = sorted(set(layers))
-        found = collect_token_activations_batched(model, texts, batch_size, read)
+        found = collect_token_activations_batched(model, texts, batch_size, read, partial(_by_token, "layers_output"))
         return found[[read.index(layer) for layer in layers]]
     assert latents is not None
     values = latents if isinstance(latents, torch.Tensor) else _stacked(latents)
@@ -274,9 +275,8 @@ def _attention_inputs(
     if not layers:
         # Says why not.
         accessor.place(0)
-    values = collect_token_activations_batched(
-        model, prompts, batch_size, layers, lambda model, layer: model.attentions_input[layer]
-    )
+    read = partial(_by_token, "attentions_input")
+    values = collect_token_activations_batched(model, prompts, batch_size, layers, read)
     return layers, values.expand(len(layers), count, *values.shape[2:])
 
 
@@ -319,21 +319,39 @@ def _put(model: StandardizedTransformer, patches: Sequence[_Patch]) -> None:
     columns = _columns(model, [each.target for each in patches])
     for layer in sorted({each.layer for each in patches}):
         rows = [row for row, each in enumerate(patches) if each.layer == layer]
-        _write(model.layers_output, layer, rows, columns, [patches[row].latent for row in rows])
+        _write(model, "layers_output", layer, rows, columns, [patches[row].latent for row in rows])
 
 
-def _write(accessor: Any, layer: int, rows: list[int], columns: list[int], latents: list[torch.Tensor]) -> None:
+def _by_token(name: str, model: StandardizedTransformer, layer: int) -> Any:
+    """A layer's value, (batch, position, hidden), whose positions are those of the tokens."""
+    value, tokens = getattr(model, name)[layer], model.input_ids.shape[1]
+    if value.shape[1] != tokens:
+        raise UsageError(
+            f"{name}[{layer}] has {value.shape[1]} positions for {tokens} tokens in this family of models, so that it "
+            "is not clear which of them is a token's: read and set it in a trace of your own."
+        )
+    return value
+
+
+def _write(
+    model: StandardizedTransformer,
+    name: str,
+    layer: int,
+    rows: list[int],
+    columns: list[int],
+    latents: list[torch.Tensor],
+) -> None:
     if not rows:
         return
-    value = accessor[layer].value.clone()
+    value = _by_token(name, model, layer).value.clone()
     latent = torch.stack(latents)
     if latent.shape[1:] != value.shape[2:]:
         raise TargetPromptError(
-            f"A latent is of shape {tuple(latent.shape[1:])}, and at each position of {accessor.name}[{layer}] "
+            f"A latent is of shape {tuple(latent.shape[1:])}, and at each position of {name}[{layer}] "
             f"stands one of shape {tuple(value.shape[2:])}."
         )
     value[rows, [columns[row] for row in rows]] = latent.to(value)
-    accessor[layer] = value
+    getattr(model, name)[layer] = value
 
 
 def _columns(model: StandardizedTransformer, targets: Sequence[TargetPrompt]) -> list[int]:

@@ -241,3 +241,17 @@ def test_mistakes(llama: Opened) -> None:
         patchscope_generate(model, "a", TARGETS[0], 1, do_sample=True, num_return_sequences=2)
     with pytest.raises(MissingPartError, match="state-space"):
         patch_object_attn_lens(Opened("mamba").model, "a", "a", 0)
+
+
+def test_positions_that_are_not_those_of_tokens(llama: Opened) -> None:
+    """ProphetNet's layers hand on the streams that predict behind the prompt's own, in one axis."""
+    model = Opened("prophetnet").model
+    given = get_token_activations(llama.model, ["a"])
+    for call in (
+        lambda: patchscope_lens(model, "abc", TARGETS[0]),
+        lambda: patchscope_lens(model, target_patch_prompts=TARGETS[0], latents=given),
+        lambda: patchscope_generate(model, "abc", TARGETS[0], 1),
+        lambda: patch_object_attn_lens(model, "abc", "def", 0),
+    ):
+        with pytest.raises(UsageError, match=r"\[0\] has \d+ positions for \d+ tokens"):
+            call()
