@@ -24,7 +24,7 @@ __all__ = ["plot_lens", "plot_target_probs"]
 
 #: Pixels: of a row, of a letter, and what stands around the figure; above it with tokens over the map, and without.
 ROW, LETTER, BELOW, LEFT, RIGHT = 26, 8, 60, 70, 110
-OVER_TOKENS, OVER_LINES = 120, 80
+OVER_TOKENS, OVER_LINES = 140, 100
 NARROWEST = 560
 #: Longer tokens are cut in the map, and stand in full where one points at them.
 LONGEST = 16
@@ -235,7 +235,8 @@ def _lay_out(figure: Figure, title: str, below: str, size: tuple[int, int], abov
             "y": 1,
             "xref": "container",
             "yanchor": "top",
-            "pad": {"l": 20, "t": 20},
+            # Below plotly's own buttons.
+            "pad": {"l": 20, "t": 40},
         },
         template="plotly_white",
         height=height + above + BELOW,
