@@ -82,4 +82,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
             figure.write_image(file, scale=SCALE)
     except OSError as error:
         raise FigureFileError(file, error.strerror or str(error)) from error
+    except RuntimeError as error:
+        # The browser in which kaleido draws is not there, or does not start.
+        raise FigureFileError(file, str(error)) from error
     return file

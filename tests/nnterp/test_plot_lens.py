@@ -136,6 +136,13 @@ def test_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert save_figure(Figure(), str(tmp_path / "figure.PNG")) == tmp_path / "figure.PNG"
     assert written == [(tmp_path / "figure.PNG", 2)]
 
+    def without_chrome(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Kaleido requires Google Chrome")
+
+    monkeypatch.setattr(Figure, "write_image", without_chrome)
+    with pytest.raises(FigureFileError, match="requires Google Chrome"):
+        save_figure(Figure(), tmp_path / "figure.svg")
+
 
 def test_files_that_cannot_be(tmp_path: Path) -> None:
     for name, fact in (("none/x.html", "there is no folder"), ("", "that is a folder"), ("x", "has no ending")):
