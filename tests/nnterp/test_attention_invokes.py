@@ -11,9 +11,10 @@ from nnterp import StandardizedTransformer
 from tests.families import tiny_model
 
 STEPS = 3
-NAMES = ("queries", "keys", "values", "heads_output")
+NAMES = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
 #: As many as heads, of as many tokens; the last is padded.
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18]]
+LENGTH = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
 
 
@@ -28,7 +29,10 @@ def model(request: pytest.FixtureRequest) -> StandardizedTransformer:
 def read(model: Any, tracer: Any, change: bool) -> tuple[list[list[Any]], Any]:
     steps = []
     for step in tracer.iter[0:STEPS]:
-        steps.append([getattr(model, name)[1].save() for name in NAMES[:3]])
+        steps.append([getattr(model, name)[1].save() for name in NAMES[:4]])
+        if change and step == 2:
+            model.attention_probabilities[1][:, 1] = model.attention_probabilities[1][:, 1].flip(-1)
+        steps[-1].append(model.attention_probabilities[1].save())
         if change and step == 1:
             model.heads_output[1][:, 2] = model.heads_output[1][:, 2] * -30
         steps[-1].append(model.heads_output[1].save())
@@ -51,8 +55,16 @@ def test_each_prompt_reads_and_sets_the_values_of_its_own_heads(model: Standardi
     assert tracer.forward_passes == 1
     for prompt, (steps, tokens), (right_steps, right_tokens) in zip(PROMPTS, together, alone, strict=True):
         assert torch.equal(tokens.value[:, -STEPS:], right_tokens.value[:, -STEPS:])
-        for mine, theirs in zip(steps, right_steps, strict=True):
+        for number, (mine, theirs) in enumerate(zip(steps, right_steps, strict=True)):
             for name, one, other in zip(NAMES, mine, theirs, strict=True):
-                padding = one.shape[2] - other.shape[2]
-                assert padding == (0 if name not in ("keys", "values") and one.shape[2] == 1 else 4 - len(prompt))
-                torch.testing.assert_close(one.value[:, :, padding:], other.value, rtol=1e-3, atol=1e-5)
+                own = without_padding(name, one.value, LENGTH - len(prompt), number)
+                assert own.shape == other.shape
+                torch.testing.assert_close(own, other.value, rtol=1e-3, atol=1e-5)
+
+
+def without_padding(name: str, value: torch.Tensor, padding: int, step: int) -> torch.Tensor:
+    """What belongs to the prompt's own tokens, of (batch, head, position, ...) and (batch, head, query, key)."""
+    if name in ("attention_scores", "attention_probabilities"):
+        value = value[..., padding:]
+    is_of_one_token = step and name not in ("keys", "values")
+    return value if is_of_one_token else value[:, :, padding:]
