@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
-from nnsight_core import thread_state
 from nnsight_core.asked import Asked, Client
 from nnsight_core.counting import CallCounter
 from nnsight_core.errors import (
@@ -42,8 +41,8 @@ from nnsight_core.values import Pair, map_tensors
 from nnsight_core.witness import Order, missing_operation, too_late_or_never
 
 
-class Interleaver(Turns):
-    """The turns of one pass.
+class Interleaver:
+    """Who asks for what in one pass, and what comes.
 
     Args:
         forward: runs the model, from the first value asked for on, or at the end. Only a weak reference is kept:
@@ -74,9 +73,9 @@ class Interleaver(Turns):
         root: torch.nn.Module | None = None,
         board: Callable[[Callable[[], Any], Deliver], HookBoard] = HookBoard,
     ) -> None:
-        super().__init__(forward)
+        self.turns = Turns(forward)
         self._observe: Callable[[torch.nn.Module | None], Order] | None = observe
-        self.hooks = board(self._forward, self._arrived)
+        self.hooks = board(self.turns.coroutine, self._arrived)
         self._waiting: dict[Client, Asked] = {}
         self._order: dict[Client, int] = {}
         self._observers = Observers()
@@ -144,10 +143,9 @@ class Interleaver(Turns):
         try:
             yield
         except Unwind:
-            # Where the model is not at work there is nothing to unwind, and somebody's mistake is just that.
-            if self._failure is None or here is self._forward():
+            failure = self.turns.failure_beside_model()
+            if failure is None:
                 raise
-            failure, self._failure = self._failure, None
             raise failure from None
         finally:
             self._is_aside, self._rows, self._calls_under_way, self.hooks.coroutine = before
@@ -168,8 +166,7 @@ class Interleaver(Turns):
         Raises:
             CallsNotCountedError: the pass is under way, and ``module`` may have been called already.
         """
-        forward = self._forward()
-        if forward is None or forward.dead or bool(forward):
+        if self.turns.has_begun:
             raise CallsNotCountedError(asked.label, asked.site)
         self.count_from_start(module, counter)
 
@@ -179,7 +176,7 @@ class Interleaver(Turns):
 
     def _is_model_at_work(self) -> bool:
         """Whether what is called now is called by the model itself."""
-        return not (self._is_aside or self._calls_under_way) and getcurrent() is self._forward()
+        return not (self._is_aside or self._calls_under_way) and self.turns.is_models()
 
     def give_up(self, client: Client) -> None:
         """``client`` does not wait any more."""
@@ -224,16 +221,14 @@ class Interleaver(Turns):
             self._observers.tell(module, kind, event.value, self._rows)
             raise
         except Exception as error:
-            # The model might catch what a client raises; unwinding cannot be caught by mistake.
-            self._failure = error
-            raise Unwind from error
+            raise self.turns.ended_by(error) from error
         finally:
             event.current = False
             event.call = None
             self.event, self._is_aside = outer, False
-        if event.replaced and (self._body_state[0] or torch.is_grad_enabled()) and is_run_again_for_gradients():
-            self._failure = RecomputedError(event.label, event.site)
-            raise Unwind from self._failure
+        wants_gradients = event.replaced and (torch.is_grad_enabled() or self.turns.body_records_gradients)
+        if wants_gradients and is_run_again_for_gradients():
+            self.turns.fail(RecomputedError(event.label, event.site))
         if self._observers.notes:
             self._observers.tell(module, kind, event.value, self._rows)
         changed = (event.value,) if event.replaced else None
@@ -278,8 +273,7 @@ class Interleaver(Turns):
             for begin in self.at_steps if self.step else ():
                 begin(self.step)
         except Exception as error:
-            self._failure = error
-            raise Unwind from error
+            raise self.turns.ended_by(error) from error
 
     def _step_ends(self, result: Any) -> Any:
         """What whoever runs the model again and again is to get of ``result``, to do with as it likes."""
@@ -317,12 +311,9 @@ class Interleaver(Turns):
 
     def unwind(self) -> None:
         """Let the forward pass leave every block that it is in, and remove the hooks."""
-        forward = self._forward()
         self.hooks.clear()
         self._waiting.clear()
-        if forward is not None and not forward.dead and bool(forward):
-            self.check_thread()
-            self.give_turn(Unwind())
+        self.turns.unwind()
         self.end()
 
     def finish(self, counts: bool = False) -> None:
@@ -338,27 +329,19 @@ class Interleaver(Turns):
         if not self._waiting and not self._observers and not counts and not self.hooks.are_carrying:
             self.hooks.clear()
         try:
-            if self.stopped_at is None and (counts or not self._run_here()):
-                self.check_thread()
-                self.give_turn()
+            is_asked = counts or self._waiting or self._observers
+            if self.stopped_at is None and (is_asked or not self.turns.run_here()):
+                self.turns.check_thread()
+                self.turns.give_turn()
             if self._waiting:
                 for client in sorted(self._waiting, key=self._order.__getitem__):
                     client.missed(self.missing(client, self._waiting.pop(client)))
         finally:
             self.end()
 
-    def _run_here(self) -> bool:
-        """Run the model without a coroutine, if nobody asks it for anything; False if it is not to be run so."""
-        forward = self._forward()
-        is_asked = self._waiting or self._observers
-        if is_asked or forward is None or bool(forward) or forward.dead or thread_state.snapshot() != self._model_state:
-            return False
-        forward.run()
-        return True
-
     def end(self) -> None:
         """Remove the hooks, without a further turn for the model."""
-        self.plain_calls.off()
+        self.turns.end()
         self.hooks.clear()
         if self._order or self._observers:
             self._waiting.clear()
@@ -370,6 +353,5 @@ class Interleaver(Turns):
         # It holds the inputs, and this object may wait a while for the garbage collector.
         self._observe = None
         self.event = None
-        self._model_state = self._body_state
         # It holds a method of this object, which the collector alone could take apart.
         self.hooks.release()

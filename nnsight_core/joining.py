@@ -28,7 +28,7 @@ def join_running_call(interleaver: Interleaver, asked: Asked, last: Asked | None
     if event is None or last is None or (event.module is asked.module and not is_operation(event.kind)):
         # Not under way: it stands before its forward, or behind.
         return
-    call = _uncounted_call(interleaver.suspended_at(), interleaver.hooks.stand_in(asked.module))
+    call = _uncounted_call(interleaver.turns.suspended_at(), interleaver.hooks.stand_in(asked.module))
     if call is None or interleaver.hooks.has_joined(call):
         return
     late = OutOfOrderError(asked.label, asked.site, last.label, last.site, runs_inside=True)
@@ -41,8 +41,8 @@ def join_running_call(interleaver: Interleaver, asked: Asked, last: Asked | None
     if names is None:
         raise late
     before, after = names
-    tap = interleaver.hooks.tap_inside(asked.module, call, before, after, lambda: interleaver.fail(late))
-    interleaver.put_under_model(tap)
+    tap = interleaver.hooks.tap_inside(asked.module, call, before, after, lambda: interleaver.turns.fail(late))
+    interleaver.turns.put_under_model(tap)
 
 
 def _uncounted_call(frame: FrameType | None, module: torch.nn.Module) -> FrameType | None:

@@ -51,11 +51,11 @@ class LiveClient:
             return past
         if interleaver.stopped_at is not None:
             raise interleaver.missing(self, asked)
-        interleaver.check_thread()
+        interleaver.turns.check_thread()
         if asked.kind not in _OF_CALLS and is_operation(asked.kind):
             join_running_call(interleaver, asked, self.last_read)
         interleaver.expect(self, asked)
-        interleaver.give_turn()
+        interleaver.turns.give_turn()
         answer, self._answer = self._answer, None
         if answer is None:
             interleaver.give_up(self)
@@ -88,9 +88,9 @@ class LiveClient:
     def advance(self, event: Event) -> None:
         """The model's side: the value is there."""
         self._answer = event
-        self._interleaver.hand_over()
+        self._interleaver.turns.hand_over()
 
     def missed(self, error: NNsightError) -> None:
         """The model's side: the value cannot come any more."""
         self._answer = error
-        self._interleaver.hand_over()
+        self._interleaver.turns.hand_over()

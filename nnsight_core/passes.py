@@ -365,7 +365,7 @@ class Pass:
     def unwind(self) -> None:
         """Leave the pass where it stands."""
         try:
-            if self.interleaver.is_in_its_thread:
+            if self.interleaver.turns.is_in_its_thread:
                 self.interleaver.unwind()
             else:
                 # Only its own thread may resume the forward pass; the hooks can go from anywhere.

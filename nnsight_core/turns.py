@@ -1,6 +1,7 @@
 """Two sides of one thread: the body of a live trace and the model's forward pass, which take turns.
 
-Each side keeps its own thread-local state of torch, and the model's side is a coroutine.
+Each side keeps its own thread-local state of torch, and the model's side is a coroutine. Who waits for what is not
+known here.
 """
 
 from __future__ import annotations
@@ -33,15 +34,22 @@ class Turns:
     _failure: BaseException | None = None
 
     def __init__(self, forward: ForwardPass) -> None:
-        self._forward = weakref.ref(forward)
+        #: Gives the coroutine in which the model runs, as long as its owner has it.
+        self.coroutine = weakref.ref(forward)
         self._body = getcurrent()
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
         forward.gr_context = contextvars.copy_context()
-        self.plain_calls = PlainCalls()
+        self._plain_calls = PlainCalls()
+
+    # The model's side.
+
+    def is_models(self) -> bool:
+        """Whether it is the model that has its turn."""
+        return getcurrent() is self.coroutine()
 
     def hand_over(self) -> None:
-        """The model's side: let the body of the live trace have its turn, and come back when it asks for more."""
+        """Let the body of the live trace have its turn, and come back when it asks for more."""
         self._model_state = now = thread_state.snapshot()
         guard = None
         if now != self._body_state:
@@ -57,16 +65,67 @@ class Turns:
             if guard is not None:
                 thread_state.leave(guard, self._model_state)
 
+    def ended_by(self, error: Exception) -> Unwind:
+        """What to raise from ``error`` to end the pass with it: the model might catch the error itself. The body gets
+        the error.
+        """
+        self._failure = error
+        return Unwind()
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End the pass with ``error``."""
+        raise self.ended_by(error) from error
+
+    def failure_beside_model(self) -> BaseException | None:
+        """What was to end the pass, where it is not the model that is at work, so that there is nothing to unwind and
+        somebody's mistake is just that; else None.
+        """
+        if self._failure is None or self.is_models():
+            return None
+        failure, self._failure = self._failure, None
+        return failure
+
     # The body's side.
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the model has had a turn, or cannot have one any more."""
+        forward = self.coroutine()
+        return forward is None or forward.dead or bool(forward)
+
+    @property
+    def body_records_gradients(self) -> bool:
+        """Whether the body had grad mode on when it last gave the turn away."""
+        return self._body_state[0]
+
+    def run_here(self) -> bool:
+        """Run the model where the body stands; False if it has begun, or if torch's state there is not the model's."""
+        forward = self.coroutine()
+        if forward is None or self.has_begun or thread_state.snapshot() != self._model_state:
+            return False
+        forward.run()
+        return True
+
+    def unwind(self) -> None:
+        """Let the forward pass leave every block that it is in."""
+        forward = self.coroutine()
+        if forward is not None and not forward.dead and bool(forward):
+            self.check_thread()
+            self.give_turn(Unwind())
+
+    def end(self) -> None:
+        """There are no more turns."""
+        self._plain_calls.off()
+        self._model_state = self._body_state
 
     def give_turn(self, error: BaseException | None = None) -> bool:
         """Let the model run until it hands over or ends; False if it had ended before."""
-        forward = self._forward()
+        forward = self.coroutine()
         if forward is None or forward.dead:
             return False
         self._body = body = getcurrent()
         forward.parent = body
-        self.plain_calls.off()
+        self._plain_calls.off()
         self._body_state = now = thread_state.snapshot()
         guard = None
         if now != self._model_state:
@@ -81,7 +140,7 @@ class Turns:
             if guard is not None or ended:
                 thread_state.leave(guard, now)
             if not ended:
-                self.plain_calls.on(body)
+                self._plain_calls.on(body)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             try:
@@ -107,14 +166,9 @@ class Turns:
 
     def suspended_at(self) -> FrameType | None:
         """Where the forward pass stands while the body has its turn."""
-        forward = self._forward()
+        forward = self.coroutine()
         return None if forward is None else forward.gr_frame
 
     def put_under_model(self, mode: TorchFunctionMode) -> None:
         """Let ``mode`` be on when the model has its turn again, beneath the modes that are on already."""
         self._model_state = thread_state.with_function_mode(self._model_state, mode)
-
-    def fail(self, error: Exception) -> NoReturn:
-        """The model's side: end the pass with ``error``, which the model cannot catch."""
-        self._failure = error
-        raise Unwind from error
