@@ -84,7 +84,7 @@ class Form:
     def put(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The tensor with ``new`` in the place of what :meth:`view` gives of it.
 
-        >>> Form((0, 1, 2), folded=0, heads=2, after=1).put(torch.zeros(2, 1, 3), torch.ones(1, 2, 1, 2))
+        >>> Form((0, 1, 2, 3), folded=0, heads=2, after=1).put(torch.zeros(2, 1, 3), torch.ones(1, 2, 1, 2))
         tensor([[[1., 1., 0.]],
         <BLANKLINE>
                 [[1., 1., 0.]]])
