@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.matrix import hooks
 from tests.matrix.attention_steps import order_of, stepwise
-from tests.matrix.models import Case
+from tests.matrix.models import OLDER, Case
 
 NAMES = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -270,9 +270,12 @@ def _are_eager(case: Case) -> None:
     finally:
         for config in fused:
             config._attn_implementation = "sdpa"
+        for each in case.module.modules():
+            # Releases of transformers put forwards in the way of the modules', and do not take them off again.
+            each.__dict__.pop("forward", None)
     if not weights:
         # Some give none.
-        assert any(_order(case, layer) is not None for layer in layers(case))
+        assert OLDER or any(_order(case, layer) is not None for layer in layers(case))
         return
     if len(weights) == case.num_layers:
         weights = [weights[layer] for layer in layers(case)]
