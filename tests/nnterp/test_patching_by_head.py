@@ -53,6 +53,34 @@ def test_every_head_is_what_one_change_in_a_pass_of_its_own_gives(family: str) -
     assert seen >= 8
 
 
+@pytest.mark.parametrize(
+    ("family", "projection"),
+    [("bloom", "self_attention.dense"), ("gptj", "attn.out_proj"), ("falcon", "self_attention.dense")],
+)
+def test_heads_of_attention_that_a_family_writes_out_itself(family: str, projection: str) -> None:
+    """By the columns of the output projection, which takes all heads side by side; patched and estimated."""
+    this, (clean, corrupted) = case(family), pair(2, 5)
+    heads = this.model.num_heads
+    found = activation_patching(this.model, clean, corrupted, entropy, "heads_output", each_position=True)
+    estimated = attribution_patching(this.model, clean, corrupted, entropy, "heads_output", each_position=True)
+    with torch.no_grad():
+        before = entropy(oracle.run(this, corrupted, {}))
+    for layer in range(this.num_layers):
+        at = f"{this.facts['layers']}.{layer}.{projection}", "input"
+        with torch.no_grad():
+            source, usual = (oracle.read(this, ids, at).unflatten(-1, (heads, -1)) for ids in (clean, corrupted))
+        slope = oracle.gradient(this, corrupted, at, entropy).unflatten(-1, (heads, -1))
+        expected = before[:, None, None] + ((source - usual) * slope).sum(-1)
+        assert torch.allclose(estimated.values["heads_output"][:, layer], expected.transpose(1, 2), atol=1e-5)
+        for head in range(heads):
+            for position in range(5):
+                mixed = usual.clone()
+                mixed[:, position, head] = source[:, position, head]
+                with torch.no_grad():
+                    expected = entropy(oracle.run(this, corrupted, {at: oracle.put(mixed.flatten(-2))}))
+                assert torch.allclose(found.values["heads_output"][:, layer, head, position], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimates_are_the_gradients_that_autograd_gives(family: str, steps: int | None) -> None:
