@@ -24,8 +24,9 @@ class Asked:
 
     Args:
         module: whose value.
-        kind: ``"input"`` or ``"output"`` of its call, or ``"skip"``: its call before it computes; for an operation
-            inside it ``"source.softmax_0.input"`` or ``"source.softmax_0.output"``.
+        kind: ``"input"`` or ``"output"`` of its call, what is :class:`~nnsight_core.kinds.Derived` of both, or
+            ``"skip"``: its call before it computes; for an operation inside it ``"source.softmax_0.input"`` or
+            ``"source.softmax_0.output"``.
         label: what the user calls it.
         site: the user's line.
         ancestors: the modules inside whose calls it runs.

@@ -23,6 +23,7 @@ from nnsight_core.arguments import Met, unwrap
 from nnsight_core.compiled import Eager
 from nnsight_core.counting import CallCounter, Counting
 from nnsight_core.gates import Gate
+from nnsight_core.kinds import Derived, place_of
 from nnsight_core.operations import Tap, is_operation
 from nnsight_core.taps import Deliver, Taps
 from nnsight_core.values import map_tensors
@@ -72,6 +73,7 @@ class HookBoard:
         #: The modules with a forward pre-hook of ours, and their gates: scripted modules have none.
         self._gates: dict[torch.nn.Module, Gate | None] = {}
         self._may_skip: set[torch.nn.Module] | None = None
+        self._derived: dict[torch.nn.Module, dict[Derived, None]] = {}
         self._followed: torch.nn.Module | None = None
         self._following: tuple[RemovableHandle, ...] = ()
         self._taps: Taps | None = None
@@ -87,12 +89,14 @@ class HookBoard:
             self._armed_last = ancestors
             for ancestor in ancestors:
                 self._arm(ancestor)
-        if kind == "output":
+        if place_of(kind) == "output":
             if not self._hooked.get(module):
                 # The mark comes first and goes last, as that of an input does.
                 module._forward_hooks_with_kwargs[self._key] = True
                 self._put(module, self._on_output)
                 self._hooked[module] = True
+            if isinstance(kind, Derived):
+                self._derived.setdefault(module, {})[kind] = None
             return
         self._arm(module)
         if is_operation(kind):
@@ -222,9 +226,11 @@ class HookBoard:
         if getcurrent() is not self.coroutine():
             return None
         # Of keyword arguments and output, torch leaves the former out for who is taking the hook off meanwhile.
-        call = (args, given[0] if len(given) > 1 else {})
-        changed = self._deliver(module, "output", given[-1], None, call)
-        return None if changed is None else changed[0]
+        call, output, result = (args, given[0] if len(given) > 1 else {}), given[-1], None
+        for kind in tuple(self._derived.get(module, ())) if self._derived else ():
+            changed = self._deliver(module, kind, (module, call, output))
+            output, result = (output, result) if changed is None else changed * 2
+        return (self._deliver(module, "output", output, None, call) or (result,))[0]
 
     def _on_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         # torch looks up live whether a hook takes kwargs: when another thread takes it off meanwhile, there are none.
@@ -242,6 +248,7 @@ class HookBoard:
                 if delivers:
                     module._forward_hooks_with_kwargs.pop(key, None)
             self._hooked.clear()
+            self._derived = {}
             self._armed_last = None
         if self._gates:
             for module, gate in self._gates.items():

@@ -31,6 +31,7 @@ from nnsight_core.forward_pass import ForwardPass, Unwind
 from nnsight_core.handed_out import HandedOut
 from nnsight_core.hooks import HookBoard
 from nnsight_core.kernels import Shut
+from nnsight_core.kinds import Derived, Whole
 from nnsight_core.observers import Note, Observers
 from nnsight_core.operations import Memory, is_operation
 from nnsight_core.rows import Rows
@@ -194,6 +195,30 @@ class Interleaver:
     ) -> tuple[Any] | None:
         if self._is_aside:
             return None
+        if isinstance(kind, Derived):
+            return self._derive(module, kind, value)
+        return self._hand_round(module, kind, value, memory, call)
+
+    def _derive(self, module: torch.nn.Module, kind: Derived, whole: Whole) -> tuple[Any] | None:
+        """Hand round what ``kind`` works out of a call and its result; gives what the result is to be instead."""
+        if not self._those_waiting(module, kind):
+            return None
+        self._is_aside = True
+        try:
+            before = kind.get(whole)
+        except Exception as error:
+            self._failure = error
+            raise Unwind from error
+        finally:
+            self._is_aside = False
+        # An alias: the way from the call to the loss then goes by what clients have in hand, and does so once.
+        given = before.view_as(before)
+        (after,) = self._hand_round(module, kind, given, None, None) or (given,)
+        return None if after is given and not before.requires_grad else (kind.put(whole, before, after),)
+
+    def _hand_round(
+        self, module: torch.nn.Module, kind: str, value: Any, memory: Memory | None, call: Pair | None
+    ) -> tuple[Any] | None:
         clients = self._those_waiting(module, kind)
         if not clients:
             if self._observers.notes:

@@ -14,6 +14,7 @@ import torch
 from nnsight_core.asked import Asked
 from nnsight_core.errors import OutOfOrderError
 from nnsight_core.interleaver import Interleaver
+from nnsight_core.kinds import place_of
 from nnsight_core.operations import MODULE_CALL, Tap, is_operation, operation_of
 from nnsight_core.order import Seen
 
@@ -37,7 +38,7 @@ def join_running_call(interleaver: Interleaver, asked: Asked, last: Asked | None
     if interleaver.step is not None or "inner" not in call.f_locals:
         raise late
     seen, doubt = interleaver.order(asked.module)
-    names = None if doubt else _names_of_call(seen, asked.module, (event.module, event.kind))
+    names = None if doubt else _names_of_call(seen, asked.module, (event.module, place_of(event.kind)))
     if names is None:
         raise late
     before, after = names

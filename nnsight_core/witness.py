@@ -8,6 +8,7 @@ import torch
 
 from nnsight_core.asked import Asked
 from nnsight_core.errors import ModuleNotRunError, NNsightError, NoSuchOperationError, OutOfOrderError
+from nnsight_core.kinds import place_of
 from nnsight_core.operations import is_operation, operation_of
 
 #: Which modules are entered and left, in order, and what stands in the way of being sure.
@@ -20,12 +21,15 @@ def verdict(order: Order, asked: Asked, last: Asked | None) -> str:
     """
     seen, _ = order
     # A call that could have been skipped came when its input did.
-    kind = "input" if asked.kind == "skip" else asked.kind
+    kind = place_of(asked.kind)
     if (asked.module, kind) not in seen:
         return "never"
-    if last is None or kind == "input" or (last.module, last.kind) not in seen:
+    if last is None or kind == "input" or (last.module, place_of(last.kind)) not in seen:
         return "before"
-    here = seen.index((last.module, last.kind))
+    if (last.module, place_of(last.kind)) == (asked.module, kind):
+        # What is derived of a call comes before its plain result.
+        return "before"
+    here = seen.index((last.module, place_of(last.kind)))
     runs = (asked.module, "input") in seen[:here] and (asked.module, "output") in seen[here:]
     return "running" if runs else "before"
 

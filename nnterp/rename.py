@@ -19,6 +19,7 @@ from nnterp.errors import AliasConflictError, AmbiguousNameError, ModulePathErro
 from nnterp.frozen import FrozenMapping
 from nnterp.rename_plan import LayerPlan, PartPlan, RenameConfig, RenamePlan, as_list, join
 from nnterp.spec import ROLES, ArchitectureSpec, Part
+from nnterp.spec_layer import PROJECTIONS
 
 __all__ = ["Dimensions", "dimensions", "LayerPlan", "PartPlan", "plan", "RenameConfig", "RenamePlan"]
 
@@ -231,6 +232,7 @@ class _Finder:
             output=last,
             contribution=contribution or last,
             norm=find("norm"),
+            projection=self._projection(module, part) if kind == "attention" else None,
             stream=find("stream"),
             sum_norm=find("sum_norm"),
             multiplier=part.multiplier,
@@ -239,6 +241,10 @@ class _Finder:
             stream_bias=part.stream_bias,
             state=part.state,
         )
+
+    def _projection(self, module: str | None, part: Part) -> str | None:
+        choice = PROJECTIONS if part.projection is None else part.projection
+        return None if module is None else self._first(tuple(join(module, each) for each in choice), "")
 
     def _first(self, choice: tuple[str, ...], layer: str) -> str | None:
         return next((path for each in choice if (path := _inside(layer, each)) in self.paths), None)

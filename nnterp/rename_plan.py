@@ -68,6 +68,8 @@ class PartPlan:
     contribution: str
     #: The norm through which the part reads the stream.
     norm: str | None = None
+    #: What makes the output of what the heads give; None where no one module does.
+    projection: str | None = None
     #: What the stream itself goes through, before the part and after the addition.
     stream: str | None = None
     sum_norm: str | None = None

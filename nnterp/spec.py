@@ -260,6 +260,7 @@ PROMISES: tuple[str, ...] = (
     *("chain", "contributions", "project_on_vocab", "final_norm", "norm_scales", "unembedding_directions"),
     "mixers_state",
     *("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output"),
+    "heads_contribution",
     *("router_logits", "expert_indices", "expert_weights", "experts_output"),
     *("steer", "skip", "generate", "cache", "gradients", "padding", "invokes"),
 )

@@ -13,7 +13,11 @@ from nnterp.kept_path import KeptPath, read_kept_paths
 from nnterp.multipliers import LayerTensor, Multiplier, read_layer_tensor, read_multiplier
 from nnterp.spec_reader import Place, key, read_name, read_path_choice, read_path_or_null, section
 
-__all__ = ["KINDS", "Layer", "Part"]
+__all__ = ["KINDS", "Layer", "Part", "PROJECTIONS"]
+
+
+#: What the map that makes an attention's output of its heads is mostly called.
+PROJECTIONS = ("o_proj", "out_proj", "output.dense", "dense", "c_proj", "attention.out_proj", "Wo", "out_lin")
 
 PRODUCT = "a product of config keys, numbers and what the layer holds"
 
@@ -42,6 +46,8 @@ class Part:
     #: What is added to both before that.
     bias: LayerTensor | None = key(read_layer_tensor, "a tensor that the layer holds", None)
     stream_bias: LayerTensor | None = key(read_layer_tensor, "a tensor that the layer holds", None)
+    #: Below the part's module: what makes its output of what its heads give. None: what has one of the usual names.
+    projection: tuple[str, ...] | None = key(read_path_or_null, "what makes the output of the heads", None)
     #: Where parts of several kinds have one path, what lies below it in this kind.
     has: tuple[str, ...] = key(read_path_choice, "what the module holds where it is of this kind", ())
     #: Several where a state is several tensors.

@@ -37,6 +37,7 @@ from nnterp.conditions import config_value
 from nnterp.demo_models import DEMO_MODELS, demo_model_path
 from nnterp.errors import CannotError
 from nnterp.experts import Experts
+from nnterp.head_contributions import HeadContributions
 from nnterp.mixer_states import StateAccess
 from nnterp.naming import name_modules, serving_spec
 from nnterp.norms import Norms
@@ -47,7 +48,7 @@ from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
-class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Norms, Vocabulary):
+class StandardizedTransformer(LanguageModel, ResidualStream, Heads, HeadContributions, Experts, Norms, Vocabulary):
     """Any causal language model under standard names.
 
     >>> from nnterp import StandardizedTransformer
@@ -69,7 +70,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     norms divide by. Where a layer routes: ``router_logits[i]``, ``expert_indices[i]``, ``expert_weights[i]`` and
     ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
     ``queries[i]``, ``keys[i]``, ``values[i]`` and ``heads_output[i]`` are (batch, head, position, head_dim),
-    ``attention_scores[i]`` and ``attention_probabilities[i]`` (batch, head, query, key).
+    ``attention_scores[i]`` and ``attention_probabilities[i]`` (batch, head, query, key), ``heads_contribution[i]``
+    (batch, head, position, hidden).
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -152,6 +154,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
         self._how_named: tuple[Any, ...] | None = (spec, rename_config, rename)
         self._attn_prob_source = getattr(rename_config, "attn_prob_source", None)
         self._is_checked = not check_renaming
+        self._doubtful_projections: dict[str, str] = {}
         # What no specification serves shows its structure only when it runs.
         if self.dispatched or serving_spec(module, spec) is not None:
             self._name()
@@ -191,7 +194,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
     def _check_loaded(self) -> None:
         self._name()
         if not self._is_checked and has_numbers(self._module):
-            validate(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+            doubtful = validate(self._module, self._plan, self._spec, self._sizes, self.project_on_vocab)
+            self._doubtful_projections.update(doubtful)
             self._is_checked = True
 
     def _twin(self) -> StandardizedTransformer:
@@ -216,6 +220,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, Experts, Nor
         self._add_heads(root)
         self.attention_probabilities = AttentionProbabilitiesAccessor.of(self, self._attn_prob_source)
         self.mixers_state = StateAccess(root, layers, self._spec)
+        self._add_head_contributions(root)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

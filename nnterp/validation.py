@@ -41,6 +41,7 @@ class Row:
         origin: which line of which file says so.
         seen: what the model gave.
         expected: what it ought to have given; a shape where only the shape is promised.
+        subject: the path of the module that is in question, where there is one.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Row:
     origin: str
     seen: torch.Tensor
     expected: torch.Tensor | tuple[int, ...]
+    subject: str = ""
 
     def disagreement(self) -> str | None:
         """What is wrong, in words; None where the promise holds."""
@@ -99,6 +101,10 @@ class Probe:
         """The first tensor that the module at ``path`` gave."""
         return self._get(path, "output")
 
+    def ran(self, path: str) -> bool:
+        """Whether the module at ``path`` was called."""
+        return (self._modules[path], "output") in self._kept
+
     def _get(self, path: str, kind: str) -> torch.Tensor:
         key = (self._modules[path], kind)
         if key not in self._kept:
@@ -111,7 +117,7 @@ class Probe:
 
 def _paths(layer: LayerPlan) -> set[str]:
     """Every module that takes part in what is promised of a layer."""
-    fields = ("input", "output", "contribution", "norm", "stream", "sum_norm")
+    fields = ("input", "output", "contribution", "norm", "projection", "stream", "sum_norm")
     return {layer.input, layer.output} | {
         path for part in layer.parts for name in fields if (path := getattr(part, name))
     }
@@ -123,7 +129,7 @@ def validate(
     spec: ArchitectureSpec,
     sizes: Dimensions,
     unembed: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
+) -> dict[str, str]:
     """Check every promise of ``plan`` and ``spec`` on the model itself.
 
     Args:
@@ -133,13 +139,20 @@ def validate(
         sizes: the model's dimensions.
         unembed: from the last layer's output, (batch, position, hidden), to logits (batch, position, vocab).
 
+    Gives the output projections that do not give what their attention gives, each with what was seen: mostly their
+    names are but a guess, and all else holds without them.
+
     Raises:
         ValidationError: names the first promise that does not hold, the line that makes it, and what was seen.
     """
+    doubtful: dict[str, str] = {}
     for row in promised(module, plan, spec, sizes, unembed):
         wrong = row.disagreement()
-        if wrong is not None:
+        if wrong is not None and row.kind == "heads_contribution":
+            doubtful[row.subject] = wrong
+        elif wrong is not None:
             raise ValidationError(row.origin, row.promise, wrong, spec.family)
+    return doubtful
 
 
 def promised(
@@ -180,6 +193,7 @@ class _Table:
             yield from self._embedding_rows()
         for index, layer in enumerate(plan.layers):
             yield from self._shapes(index, layer)
+            yield from self._projections(index, layer)
             if "contributions" not in spec.cannot and layer.is_whole:
                 yield from self._sum(index, layer)
         for index, (layer, following) in enumerate(zip(plan.layers, plan.layers[1:], strict=False)):
@@ -222,6 +236,16 @@ class _Table:
             yield Row(
                 kind, f"{name}[{index}] is ({shape.named})", said, seen, shape.sizes(BATCH, POSITIONS, seen.shape)
             )
+
+    def _projections(self, index: int, layer: LayerPlan) -> Iterator[Row]:
+        for part in layer.parts:
+            # What does not run in this pass gives nothing that could be held against it.
+            if part.projection and self.probe.ran(part.projection):
+                made, whole = self.probe.output(part.projection), self.probe.output(part.output)
+                promise = f"{part.projection} gives what the {part.kind} of layer {index} gives"
+                expected = whole.reshape(made.shape) if whole.numel() == made.numel() else whole
+                origin = self.spec.where(f"layer.{part.kind}.projection")
+                yield Row("heads_contribution", promise, origin, made, expected, part.projection)
 
     def _sum(self, index: int, layer: LayerPlan) -> Iterator[Row]:
         """The residual stream through one layer: what comes in, what is added, what its own norms make of it."""

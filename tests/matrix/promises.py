@@ -17,7 +17,7 @@ from nnterp.additions import Addition
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
-from tests.matrix import attention, experts, hooks, norms, states
+from tests.matrix import attention, experts, heads, hooks, norms, states
 from tests.matrix.models import Case
 
 #: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
@@ -362,6 +362,7 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     "padding": padding,
     "invokes": invokes,
     **norms.PROMISES,
+    **heads.PROMISES,
     **experts.PROMISES,
     **states.PROMISES,
     **attention.PROMISES,
