@@ -17,6 +17,7 @@ from nnterp.attention_kernel import kernel_places
 from nnterp.attention_operations import operation_places
 from nnterp.attention_places import Attention, AttentionPlaces
 from nnterp.errors import CannotError, UsageError
+from nnterp.repeated_heads import RepeatedHeads
 
 if TYPE_CHECKING:
     from nnterp.rename_plan import PartPlan, RenamePlan
@@ -125,6 +126,11 @@ class HeadAccess(ValueAccess):
         except (CannotError, ClosedAttentionError):
             return False
         return True
+
+    @property
+    def repeated(self) -> RepeatedHeads:
+        """The same with a head for each head of queries; see :class:`~nnterp.repeated_heads.RepeatedHeads`."""
+        return RepeatedHeads(self._root, self.name, self._open, len(self), self._counts[1])
 
     def _open(self, layer: int) -> Place:
         place, places = self._where(layer)

@@ -182,7 +182,8 @@ class HeadContributionAccess(ValueAccess):
             label = f"{self.NAME}[{index}]"
             shares = _Shares(label, heads, shape)
             path = part.projection or "" if part else ""
-            places.append(Place(path, Derived(self.NAME, shares.get, shares.put), label) if part else None)
+            kind = Derived(self.NAME, shares.get, shares.put)
+            places.append(Place(path, kind, label, positions=2) if part else None)
         super().__init__(root, self.NAME, tuple(places), why_not, shape)
         self._spec = spec
         self._doubts = doubts

@@ -260,7 +260,7 @@ PROMISES: tuple[str, ...] = (
     *("chain", "contributions", "project_on_vocab", "final_norm", "norm_scales", "unembedding_directions"),
     "mixers_state",
     *("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output"),
-    "heads_contribution",
+    *("heads_contribution", "queries_pre_rope", "keys_pre_rope"),
     *("router_logits", "expert_indices", "expert_weights", "experts_output"),
     *("steer", "skip", "generate", "cache", "gradients", "padding", "invokes"),
 )

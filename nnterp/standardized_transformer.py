@@ -43,12 +43,15 @@ from nnterp.naming import name_modules, serving_spec
 from nnterp.norms import Norms
 from nnterp.rename import PartPlan, RenameConfig
 from nnterp.residual_stream import ResidualStream
+from nnterp.rotary import Rotary
 from nnterp.spec_layer import KINDS
 from nnterp.validation import Row, promised, validate
 from nnterp.vocabulary import Vocabulary
 
 
-class StandardizedTransformer(LanguageModel, ResidualStream, Heads, HeadContributions, Experts, Norms, Vocabulary):
+class StandardizedTransformer(
+    LanguageModel, ResidualStream, Heads, HeadContributions, Rotary, Experts, Norms, Vocabulary
+):
     """Any causal language model under standard names.
 
     >>> from nnterp import StandardizedTransformer
@@ -71,7 +74,8 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, HeadContribu
     ``experts_output[i]``, see :class:`~nnterp.experts.Experts`.
     ``queries[i]``, ``keys[i]``, ``values[i]`` and ``heads_output[i]`` are (batch, head, position, head_dim),
     ``attention_scores[i]`` and ``attention_probabilities[i]`` (batch, head, query, key), ``heads_contribution[i]``
-    (batch, head, position, hidden).
+    (batch, head, position, hidden). ``queries_pre_rope[i]`` and ``keys_pre_rope[i]`` are queries and keys before they
+    are rotated; ``keys.repeated[i]`` and ``values.repeated[i]`` have a head for each head of queries.
     Dimensions: ``num_layers``, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``hidden_size``, ``vocab_size``.
 
     Args:
@@ -221,6 +225,7 @@ class StandardizedTransformer(LanguageModel, ResidualStream, Heads, HeadContribu
         self.attention_probabilities = AttentionProbabilitiesAccessor.of(self, self._attn_prob_source)
         self.mixers_state = StateAccess(root, layers, self._spec)
         self._add_head_contributions(root)
+        self._add_rotary(root)
 
     def _shape(self, what: str) -> StreamShape:
         return StreamShape.of(what, self._spec, config_of(self._module), self.hidden_size)

@@ -17,7 +17,7 @@ from nnterp.additions import Addition
 from nnterp.errors import MissingPartError
 from nnterp.multipliers import times
 from tests import leaks
-from tests.matrix import attention, experts, heads, hooks, norms, states
+from tests.matrix import attention, experts, heads, hooks, norms, rotations, states
 from tests.matrix.models import Case
 
 #: How these models' tensors look in the usual order, (batch, position, hidden) or (batch, position, stream, hidden).
@@ -363,6 +363,7 @@ PROMISES: dict[str, Callable[[Case], None]] = {
     "invokes": invokes,
     **norms.PROMISES,
     **heads.PROMISES,
+    **rotations.PROMISES,
     **experts.PROMISES,
     **states.PROMISES,
     **attention.PROMISES,

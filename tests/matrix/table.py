@@ -22,7 +22,7 @@ from nnterp.architectures import load_specs
 from nnterp.attention import ClosedAttentionError
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
-from tests.matrix import attention, experts, heads, norms, states
+from tests.matrix import attention, experts, heads, norms, rotations, states
 from tests.matrix.models import HERE, MODEL_TYPES, Case, read_json
 from tests.matrix.promises import PROMISES, restored
 
@@ -110,7 +110,8 @@ def _said(case: Case, promise: str) -> str:
 
 
 def _has(case: Case, name: str) -> bool:
-    present = {**norms.PRESENT, **heads.PRESENT, **experts.PRESENT, **states.PRESENT, **attention.PRESENT}
+    kinds = (norms, heads, rotations, experts, states, attention)
+    present = {name: has for kind in kinds for name, has in kind.PRESENT.items()}
     if name in present:
         return present[name](case)
     part = {"attentions": "attn", "mlps": "mlp"}.get(name)
@@ -146,6 +147,8 @@ HEADINGS = {
     "norm_scales": "scales",
     "unembedding_directions": "directions",
     "heads_contribution": "head sums",
+    "queries_pre_rope": "q pre rope",
+    "keys_pre_rope": "k pre rope",
     "router_logits": "router",
     "expert_indices": "indices",
     "expert_weights": "weights",
@@ -189,6 +192,8 @@ asked for raises an error that gives it. `-`: attention of this form is not open
 | directions | what the final norm gives, times `unembedding_directions`, makes the logits |
 | head sums | `heads_contribution` is what hooks on the output projection give head by head, and adds up to it; |
 | | a head that is set to 0 is gone from the logits and from no other head |
+| q, k pre rope | `queries_pre_rope` and `keys_pre_rope` are what the model's own function is given to rotate, |
+| | and it rotates what is set; a layer that rotates nothing says so |
 | router, indices, | `router_logits`, `expert_indices`, `expert_weights` and `experts_output` read what hooks on both |
 | weights, experts | modules read, each input its own rows; what is set gives the logits that hooks give |
 | state | `mixers_state` is what the model itself keeps for the next token, after each step of a generation |
