@@ -207,8 +207,7 @@ class Interleaver:
         try:
             before = kind.get(whole)
         except Exception as error:
-            self._failure = error
-            raise Unwind from error
+            raise self.turns.ended_by(error) from error
         finally:
             self._is_aside = False
         # An alias: the way from the call to the loss then goes by what clients have in hand, and does so once.
