@@ -1,7 +1,7 @@
-"""What one part adds to a logit, shared out among its neurons.
+"""What one part adds to a logit, shared out among its heads or its neurons.
 
 A direction in the residual stream is pulled back through whatever stands between the part's last matrix and the stream.
-The matrix is linear, so each neuron's share is a product of two numbers and no vector has to be made for it.
+The matrix is linear, so each head's or neuron's share is a product of two numbers and no vector has to be made for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nnterp.rename_plan import PartPlan
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["at_end", "last_matrices", "LastMatrix", "NeuronShares", "onward", "pulled_back", "Shares"]
+__all__ = ["at_end", "HeadShares", "last_matrices", "LastMatrix", "NeuronShares", "onward", "pulled_back", "Shares"]
 
 #: How many tokens a model is watched with, to see which of an MLP's matrices is the last.
 _WATCHED = 4
@@ -145,6 +145,25 @@ def _factor(inner: Any, outer: torch.Tensor) -> float | None:
 
 
 @dataclass(frozen=True)
+class HeadShares:
+    """The heads of one attention at the last position.
+
+    Args:
+        heads: what each adds to the attention's output, (prompt, head, hidden).
+        given: the attention's output, (prompt, hidden).
+    """
+
+    heads: torch.Tensor
+    given: torch.Tensor
+
+    def along(self, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As for :class:`NeuronShares`, of heads: (head, prompt) and (prompt)."""
+        heads = self.heads.double().cpu()
+        bias = self.given.double().cpu() - heads.sum(1)
+        return torch.einsum("phd,pd->hp", heads, direction), (bias * direction).sum(-1)
+
+
+@dataclass(frozen=True)
 class NeuronShares:
     """The neurons of one MLP at the last position, and the matrix that they go through.
 
@@ -179,22 +198,22 @@ class NeuronShares:
 
 @dataclass(frozen=True)
 class Shares:
-    """Neurons of one part, and what stands between that part and the residual stream.
+    """Heads or neurons of one part, and what stands between that part and the residual stream.
 
     Args:
-        units: the neurons.
+        units: the heads or neurons.
         norm: the norm that the part's output goes through, with the scale of the last position; None without one.
         factor: what comes out of that is multiplied by up to the last layer's end, (hidden).
         bias: what is added to it before, (hidden); None without one.
     """
 
-    units: NeuronShares
+    units: HeadShares | NeuronShares
     norm: FrozenNorm | None
     factor: torch.Tensor
     bias: torch.Tensor | None = None
 
     def along(self, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each neuron adds along a direction of the residual stream, and what the biases do.
+        """What each head or neuron adds along a direction of the residual stream, and what the biases do.
 
         Args:
             direction: (prompt, hidden), float64.

@@ -2,7 +2,7 @@
 
 found = logit_attribution(model, "The Eiffel Tower is in the city of", " Paris")
 dict(zip(found.names, found.scores[:, 0].tolist()))       # {"embeddings": ..., "attention 0": ..., "mlp 0": ..., ...}
-logit_attribution(model, prompt, answer, by="neuron").by_layer()     # (layer, neuron, prompt)
+logit_attribution(model, prompt, answer, by="head").by_layer()       # (layer, head, prompt)
 
 The final norm is held as it is in this pass, and everything after it is linear, so that what is added to the residual
 stream becomes what is added to the logit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits",
@@ -23,6 +23,7 @@ from nnterp.additions import Addition
 from nnterp.calling import config_of
 from nnterp.errors import CannotError, UsageError
 from nnterp.interventions.attribution_units import (
+    HeadShares,
     NeuronShares,
     Shares,
     at_end,
@@ -45,7 +46,7 @@ __all__ = ["logit_attribution", "LogitAttribution"]
 
 
 #: How a model can be taken apart, and of what kind of part the pieces are that are taken apart once more.
-WAYS = {"part": None, "layer": None, "neuron": "mlp"}
+WAYS = {"part": None, "layer": None, "head": "attention", "neuron": "mlp"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class LogitAttribution:
     Args:
         names: what the parts are called, in forward order; the last is the bias of the final norm and the unembedding.
         scores: (part, prompt), float32 on the CPU, in units of the logits.
-        units: by layer the rows of ``scores`` that are its neurons.
+        units: by layer the rows of ``scores`` that are its heads or neurons.
     """
 
     names: tuple[str, ...]
@@ -68,13 +69,13 @@ class LogitAttribution:
         return self.scores.double().sum(0).float()
 
     def by_layer(self) -> torch.Tensor:
-        """The scores of neurons, (layer, neuron, prompt); NaN where a layer has none or fewer.
+        """The scores of heads or neurons, (layer, head or neuron, prompt); NaN where a layer has none or fewer.
 
         Raises:
-            UsageError: the model was not taken apart by neuron.
+            UsageError: the model was not taken apart by head or by neuron.
         """
         if not self.units:
-            raise UsageError("This attribution is not by neuron: ask for by='neuron'.")
+            raise UsageError("This attribution is not by head or neuron: ask for by='head' or by='neuron'.")
         shape = max(self.units) + 1, max(map(len, self.units.values())), self.scores.shape[1]
         whole = torch.full(shape, float("nan"))
         for layer, rows in self.units.items():
@@ -91,7 +92,7 @@ class _Pieces:
         stack: what each adds there, (prompt, 1, hidden).
         end: their sum, as the model has it.
         norm: the final norm of the pass.
-        shares: of pieces that are taken apart once more, by their index, the layer and the neurons.
+        shares: of pieces that are taken apart once more, by their index, the layer and the heads or neurons.
     """
 
     names: list[str]
@@ -128,15 +129,16 @@ def logit_attribution(
         answer: the token, as text or id; one for all prompts or one for each.
         against: a second token, whose logit is taken away.
         by: ``"part"``: the embeddings, then what mixes positions (attention, or what a layer has in its place) and the
-            MLP of each layer. ``"layer"``: the embeddings, then each layer as a whole. ``"neuron"``: as by part,
-            with each MLP as its neurons, and the bias of their last matrix.
+            MLP of each layer. ``"layer"``: the embeddings, then each layer as a whole. ``"head"``, ``"neuron"``: as by
+            part, with each attention as its heads, or each MLP as its neurons, and the bias of their output matrix.
         batch_size: how many prompts go through the model at once.
 
     Raises:
         UsageError: ``by`` is something else, there is no prompt, or an answer is more than one token.
         CannotError: the family's logits are not linear in what its parts add, or an MLP is made of experts: the reason
             is given.
-        MissingPartError: the model has no MLP that could be taken apart.
+        MissingPartError: the model has no attention, or no MLP, that could be taken apart.
+        ClosedProjectionError: by head, and the heads of this attention cannot be told apart.
         InputError: a prompt has no token, or more than the model has positions.
     """
     if by not in WAYS:
@@ -191,7 +193,8 @@ def _scores(
         each, bias = shares.along(before)
         _check_shares(model, name, each.sum(0) + bias - whole, added, before)
         units[layer] = range(len(names), len(names) + len(each))
-        names += [f"{name} neuron {number}" for number in range(len(each))] + [f"{name} bias"]
+        unit = "head" if isinstance(shares.units, HeadShares) else "neuron"
+        names += [f"{name} {unit} {number}" for number in range(len(each))] + [f"{name} bias"]
         rows += [each, bias[None]]
     constant = biases
     if pieces.norm is not None:
@@ -210,7 +213,7 @@ def _by_layer(model: StandardizedTransformer, prompts: list[str]) -> _Pieces:
 
 
 class _ByPart:
-    """Takes a model apart into its parts, and those of one kind into their neurons.
+    """Takes a model apart into its parts, and those of one kind into their heads or neurons.
 
     Args:
         model: the model.
@@ -225,7 +228,7 @@ class _ByPart:
         self._split = {layer: part for layer, part in self._parts if part.kind == WAYS[by]}
         if WAYS[by] and not self._split:
             # Says why there are none.
-            model.mlps_output.place(0)
+            (model.attentions_output if by == "head" else model.mlps_output).place(0)
         self._matrices = last_matrices(model, prompts) if by == "neuron" else {}
 
     def __call__(self, prompts: list[str]) -> _Pieces:
@@ -268,8 +271,10 @@ class _ByPart:
         return _Pieces(names, [each.detach() for each in stack], end, norm, shares)
 
     def _inside(self, layer: int, prompts: int) -> torch.Tensor:
-        """The neurons at the last position, (prompt, neuron)."""
+        """At the last position what each head gives, (prompt, head, hidden), or the neurons, (prompt, neuron)."""
         model = self._model
+        if layer not in self._matrices:
+            return model.heads_contribution[layer].value[:, :, -1].clone()  # type: ignore[no-any-return]
         taken = model.get(self._matrices[layer].path).input.value
         return at_end(model, taken, prompts)[:, 0].clone()
 
@@ -281,8 +286,12 @@ class _ByPart:
         factor: torch.Tensor,
         addition: Addition,
     ) -> Shares:
-        part, matrix = self._split[layer], self._matrices[layer]
-        units = NeuronShares(self._model._module.get_submodule(matrix.path), matrix.factor, inside)
+        part, matrix = self._split[layer], self._matrices.get(layer)
+        units: HeadShares | NeuronShares
+        if matrix is None:
+            units = HeadShares(inside, made[part.output][:, 0])
+        else:
+            units = NeuronShares(self._model._module.get_submodule(matrix.path), matrix.factor, inside)
         norm = onward(self._model, part, made[part.output], made[part.contribution])
         bias = part.bias.value(addition.layer) if part.bias else None
         return Shares(units, norm, factor, bias)

@@ -52,6 +52,10 @@ def test_parts_of_a_stream_that_is_itself_scaled_sum_to_the_logit(family: str) -
     found = logit_attribution(model, PROMPTS[0], 7)
     assert float(found.logits[0] - plain_logits(model, PROMPTS[0])[7]) == pytest.approx(0, abs=1e-4)
     assert ("bias before mlp 0" in found.names) == (family == "zaya")
+    by_head = logit_attribution(model, PROMPTS[0], 7, by="head")
+    for layer, rows in by_head.units.items():
+        heads = by_head.scores[rows.start : rows.stop + 1].sum()
+        assert float(heads - found.scores[found.names.index(f"attention {layer}"), 0]) == pytest.approx(0, abs=1e-5)
     assert float(found.scores.abs().max()) > 1e-3 and not found.scores.requires_grad
 
 
@@ -117,9 +121,27 @@ def test_a_neuron_adds_its_activation_times_its_row(name: str, request: pytest.F
         assert float(found.logits[column]) == pytest.approx(difference, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["demo_gpt2", "demo_llama"])
+def test_a_head_adds_what_its_columns_of_the_projection_make_of_it(name: str, request: pytest.FixtureRequest) -> None:
+    model: StandardizedTransformer = request.getfixturevalue(name)
+    prompt = "The Eiffel Tower is in the city of"
+    found = logit_attribution(model, prompt, " Paris", against=" Rome", by="head")
+    attentions = [layer.self_attn._module for layer in model.layers]
+    matrices = [each.c_proj if name == "demo_gpt2" else each.o_proj for each in attentions]
+    inside, direction, difference = paris_against_rome(model, prompt, matrices)
+    by_layer = found.by_layer()
+    assert by_layer.shape == (model.num_layers, model.num_heads, 1)
+    for layer, matrix in enumerate(matrices):
+        columns = (matrix.weight.T if name == "demo_gpt2" else matrix.weight).unflatten(1, (model.num_heads, -1))
+        expected = torch.einsum("ohd,hd,o->h", columns, inside[layer].unflatten(0, (model.num_heads, -1)), direction)
+        assert torch.allclose(by_layer[layer, :, 0], expected, atol=1e-5)
+    assert found.names[1:3] == ("attention 0 head 0", "attention 0 head 1") and "attention 0 bias" in found.names
+    assert float(found.logits[0]) == pytest.approx(difference, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "opt", "granite", "falcon_h1", "minicpm3", "codegen"])
-@pytest.mark.parametrize("by", ["neuron"])
-def test_neurons_and_biases_sum_to_the_logit(by: str, family: str) -> None:
+@pytest.mark.parametrize("by", ["head", "neuron"])
+def test_heads_or_neurons_and_biases_sum_to_the_logit(by: str, family: str) -> None:
     """One matrix or several, norms and multipliers after it, and a part that is no module of its own."""
     model = StandardizedTransformer(tiny_model(family), tokenizer=byte_tokenizer())
     found, part = logit_attribution(model, PROMPTS, [7, 8, 9], by=by, batch_size=2), WAYS[by]
@@ -144,6 +166,8 @@ def test_experts_have_no_neurons_of_their_own() -> None:
     mamba = StandardizedTransformer(tiny_model("mamba"), tokenizer=byte_tokenizer())
     with pytest.raises(MissingPartError, match="mlps_output"):
         logit_attribution(mamba, "some text", 7, by="neuron")
+    with pytest.raises(MissingPartError, match="attentions_output"):
+        logit_attribution(mamba, "some text", 7, by="head")
 
 
 def test_contributions_are_what_the_layer_adds() -> None:
@@ -176,9 +200,9 @@ def test_what_is_no_sum_says_so() -> None:
 
 def test_mistakes_are_named() -> None:
     model = StandardizedTransformer("demo-gpt2")
-    with pytest.raises(UsageError, match="not by neuron"):
+    with pytest.raises(UsageError, match="not by head or neuron"):
         logit_attribution(model, "a", " Paris", by="layer").by_layer()
-    with pytest.raises(UsageError, match="one of 'part', 'layer', 'neuron'"):
+    with pytest.raises(UsageError, match="one of 'part', 'layer', 'head', 'neuron'"):
         logit_attribution(model, "a", " Paris", by="token")
     with pytest.raises(UsageError, match="at least one"):
         logit_attribution(model, [], " Paris")
