@@ -249,12 +249,12 @@ def probabilities(case: Case) -> None:
 
 
 #: Every position sees every other, or those that the model itself puts first do.
-BOTH_WAYS = ("cpmant", "xlm", "xlnet")
+BOTH_WAYS = ("cpmant", "xlm", "xlnet", *(("doge",) if OLDER else ()))
 #: Sinks take some of the probability.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "hy_v4", "inkling2_text", "mimo_v2_flash")
 #: Their eager weights are those of several runs of each layer, of other layers as well, without the model's own
-#: positions, or of a mask that is added as it is.
-MORE_WEIGHTS = ("blt", "cpmant", "falcon", "hrm_text", "longcat_flash")
+#: positions, or with another mask or none.
+MORE_WEIGHTS = ("blt", "cpmant", "falcon", "hrm_text", "longcat_flash", *(("doge", "moshi") if OLDER else ()))
 
 
 def _are_eager(case: Case) -> None:

@@ -93,6 +93,8 @@ class Case:
         self.facts = copy.deepcopy(facts)
         #: What the model's own code does not let hold, in this transformers alone.
         self.cannot = _older(model_type, "cannot")
+        #: What holds in this transformers alone.
+        self.holds = _older(model_type, "holds")
         generator = torch.Generator().manual_seed(1)
         #: Token ids of shape (batch, position); none is a special one.
         self.ids = torch.randint(5, 320, (2, 12), generator=generator)
