@@ -88,8 +88,10 @@ def outcome(case: Case) -> tuple[dict[str, str], list[str]]:
         cannot = name in case.spec.cannot or name in case.cannot
         try:
             promise(case)
-        except ClosedAttentionError:
+        except ClosedAttentionError as error:
             found[name] = "cannot" if cannot else "closed"
+            if not cannot and attention.CLOSED.get(case.model_type, "nothing") not in str(error):
+                broken.append(f"{name}: {error}")
         except Exception as error:  # noqa: BLE001 - whatever a broken promise raises belongs into the table
             found[name] = "cannot"
             if not cannot:
@@ -171,7 +173,7 @@ is promised of it. This file is made by `python -m tests.matrix.table` from the 
 from what `tests/matrix/` sees when it runs a tiny random model of each type; do not edit it.
 
 `+` the promise holds, `.` the family has no such part, `no` it cannot hold: the reason is below the table, and what is
-asked for raises an error that gives it. `-`: attention of this form is not opened, and an error says so.
+asked for raises an error that gives it, `-` likewise, for attention that is computed in a way that is not opened.
 
 | | promise |
 |---|---|
@@ -253,10 +255,13 @@ def render(found: dict[str, dict[str, str]]) -> str:
     for model_type, row in found.items():
         spec = specs[model_type]
         resolved = _resolved(model_type, spec)
+        by_reason: dict[str, list[str]] = {}
         for name, sign in row.items():
-            if sign == "cannot":
-                key = (HEADINGS[name], resolved.cannot[name])
-                reasons.setdefault(spec.family, {}).setdefault(key, []).append(model_type)
+            if sign in ("cannot", "closed"):
+                reason = resolved.cannot[name] if sign == "cannot" else f"{attention.CLOSED[model_type]}."
+                by_reason.setdefault(reason[0].upper() + reason[1:], []).append(HEADINGS[name])
+        for reason, names in by_reason.items():
+            reasons.setdefault(spec.family, {}).setdefault((", ".join(names), reason), []).append(model_type)
     lines.append("\n## What cannot hold, and why\n")
     for family in sorted(reasons):
         for (name, reason), model_types in reasons[family].items():
