@@ -6,7 +6,6 @@ model.attention_probabilities.check_source(layer=3)   # are they what the model 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from nnsight_core.envoy import Envoy
+from nnsight_core.source import Operation
 from nnterp.accessors import Place, ValueAccess, read, write
 from nnterp.attention import AttentionAccess, open_place
 from nnterp.attention_places import Attention
@@ -206,10 +206,19 @@ class AttentionProbabilitiesAccessor(AttentionAccess):
             f"Choose another operation of model.attentions[{layer}].source, or give no source of your own."
         )
 
-    def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
-        """Writes to the terminal which operations a layer's attention runs, line by line."""
-        if self._model().dispatched or allow_dispatch:
-            sys.stdout.write(f"{self._module(layer).source}\n")
+    def source_of(self, layer: int) -> str:
+        """Which operation the value is taken from, and the file and line that call it.
+
+        Raises:
+            MissingPartError: the layer has no attention.
+            ClosedAttentionError: its attention cannot be opened.
+        """
+        operation = self._operation(layer)
+        if not isinstance(operation, Operation):
+            return super().source_of(layer)
+        label = f"{self.name}[{self.position(layer)}]"
+        where = f"{operation.file}:{operation.line}   {operation.text}".rstrip()
+        return f"{label}: output of {operation.name} in {self._module(layer).path}\n  {where}"
 
 
 def _itself(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Where a layer keeps its state, as a path: `call.cache_params.layers.*.recurrent_states.0`.
+"""Where a layer keeps its state, as a path: `cache.layers.*.recurrent_states.0`.
 
-The first step says where to begin: at the arguments of the mixer's call, at its output, or at the module. Each further
-step is an argument, an attribute, a key or an index; `*` is the index of the layer. The steps that are left at a tensor
+The first step says where to begin: at the cache that the mixer is called with, at its output, or at the module. Each
+further step is an attribute, a key or an index; `*` is the index of the layer. The steps that are left at a tensor
 index its axes, `:` standing for a whole axis.
 """
 
@@ -18,7 +18,7 @@ from nnterp.spec_reader import Place
 
 __all__ = ["KeptPath", "read_kept_paths"]
 
-ROOTS = ("call", "output", "module")
+ROOTS = ("cache", "output", "module")
 _STEP = re.compile(r"\w+|\*|:")
 
 
@@ -99,13 +99,13 @@ def read_kept_paths(place: Place) -> tuple[KeptPath, ...]:
 
 
 def _read(place: Place) -> KeptPath:
-    text = place.text("a path such as 'call.cache_params.layers.*.recurrent_states.0'")
+    text = place.text("a path such as 'cache.layers.*.recurrent_states.0'")
     root, *steps = text.split(".")
     if root not in ROOTS or not steps or not all(_STEP.fullmatch(step) for step in steps):
         raise place.error(
             f"`{place.path}` is no path to a state.",
             found=text,
-            expected="call, output or module, then arguments, attributes, keys and indices, joined by dots",
+            expected="cache, output or module, then attributes, keys and indices, joined by dots",
             mend="architectures/README.md shows what each key takes.",
         )
     return KeptPath(root, tuple(steps))

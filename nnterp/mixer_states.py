@@ -29,6 +29,9 @@ __all__ = ["NoStateError", "StateAccess"]
 
 NAME = "mixers_state"
 
+#: What releases of transformers call the cache among the arguments of a mixer.
+_CACHES = ("cache", "cache_params", "past_key_values")
+
 
 class NoStateError(UsageError):
     """A state that the model does not keep in this pass."""
@@ -152,7 +155,9 @@ class _Kept:
 
     def __init__(self, place: StatePlace, module: torch.nn.Module, call: Pair | None) -> None:
         self._place = place
-        self._starts = {"call": call and call[1], "module": module}
+        given = call[1] if call else {}
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        self._starts = {"cache": cache, "module": module}
         self._rows: Rows | None = None
 
     def get(self, output: Any, scope: Scope) -> Any:

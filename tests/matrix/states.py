@@ -20,7 +20,9 @@ def kept(case: Case, output: Any, index: int) -> State | None:
     if case.model_type == "recurrent_gemma":
         block: Any = case.module.get_submodule(f"model.layers.{index}.temporal_block")
         return (block.rg_lru.recurrent_states,) if hasattr(block, "rg_lru") else None
-    cache = next(output[key] for key in ("past_key_values", "cache_params", "state") if output.get(key) is not None)
+    cache = next(
+        output[key] for key in ("cache", "past_key_values", "cache_params", "state") if output.get(key) is not None
+    )
     if case.model_type == "rwkv":
         return tuple(each[:, :, index] for each in cache[2:])
     if case.model_type == "xlstm":

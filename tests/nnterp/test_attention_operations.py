@@ -79,7 +79,8 @@ def _weights(model: StandardizedTransformer, **options: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("model_type", [name for name in PROJECTIONS if name != "falcon"])
+# Falcon goes another way when it is asked for weights, and from transformers 5.24 on CodeGen gives none.
+@pytest.mark.parametrize("model_type", [name for name in PROJECTIONS if name not in ("falcon", "codegen")])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_probabilities_are_the_familys_own_weights(model_type: str, mask: torch.Tensor | None) -> None:
     model = _model(model_type)

@@ -169,7 +169,8 @@ def test_a_state_is_there_when_the_output_is_in_either_order(mamba: Standardized
         mamba.mixers_output[1].save()
         second = mamba.mixers_state[1].save()
         again = mamba.mixers_state(1).save()
-    cache = mamba._module(IDS).cache_params
+    output = mamba._module(IDS)
+    cache = next(output[name] for name in ("cache", "cache_params") if name in output)
     assert torch.equal(first, (cache.layers[0].recurrent_states if hasattr(cache, "layers") else cache.ssm_states)[0])
     assert torch.equal(second, again) and not torch.equal(first, second)
     with pytest.raises(OutOfOrderError, match=r"mixers_state\[1\]"), mamba.trace(IDS):
@@ -250,7 +251,7 @@ def test_no_state_is_an_error_that_says_what_to_do(mamba: StandardizedTransforme
         jamba.mixers_state[1].save()
 
 
-@pytest.mark.parametrize("wrong", ["cache_params.states", "call", "output..1", "module.a b"])
+@pytest.mark.parametrize("wrong", ["cache_params.states", "cache", "output..1", "module.a b"])
 def test_a_path_that_leads_nowhere_is_told_by_its_line(wrong: str) -> None:
     text = (
         "family: mine\nmodel_types: [mine]\n"
