@@ -58,21 +58,25 @@ def inside(path: str, place: oracle.Place) -> bool:
 @st.composite
 def _programs(draw: st.DrawFn, calls: list[tuple[Call, list[oracle.Path]]]) -> Program:
     steps: list[Step] = []
-    until = -1
+    last = until = -1
+    # The calls that are made: those inside of a skipped one are not, and are not counted.
+    made = list(range(len(calls)))
     for index in sorted(draw(st.sets(st.sampled_from(range(len(calls))), max_size=4))):
-        (place, number), paths = calls[index]
+        (place, unskipped), paths = calls[index]
         path, kind = place
         if index <= until:
             continue
-        end = next(i for i, (each, _) in enumerate(calls) if each == ((path, "output"), number)) if path else -1
+        same = [i for i in made if calls[i][0][0] == place]
+        end = next(i for i, (each, _) in enumerate(calls) if each == ((path, "output"), unskipped)) if path else -1
         gives_its_like = bool(path) and kind == "input" and paths == [(0, 0)] and calls[end][1] == [()]
         chosen = draw(st.sampled_from(["save", "scale", *(["skip"] * gives_its_like)]))
         if chosen == "skip":
             until = end
-        # The next that comes has to be this one.
-        last = max((i for i, (each, _) in enumerate(calls) if steps and each == steps[-1].call), default=-1)
-        is_next = next(i for i, (each, _) in enumerate(calls) if i > last and each[0] == place) == index
-        steps.append(Step((place, number), paths[0], chosen, not is_next or draw(st.booleans())))
+            made = [i for i in made if not index < i < end]
+        # The next that comes has to be this one; what the model stands at is given again.
+        is_next = next(i for i in same if i > last) == index and not (steps and steps[-1].call[0] == place)
+        steps.append(Step((place, same.index(index)), paths[0], chosen, not is_next or draw(st.booleans())))
+        last = index
     names = sorted({place[0] for (place, _), _ in calls})
     cached = draw(st.none() | st.just(()) | st.sets(st.sampled_from(names), min_size=1).map(tuple))
     return Program(tuple(steps), cached, draw(st.booleans()))
@@ -223,6 +227,14 @@ def _one_of_each() -> tuple[nn.Module, Program]:
 
 def test_the_harness_passes_a_right_engine() -> None:
     check_program(*_one_of_each())
+
+
+def test_calls_inside_a_skipped_one_are_not_counted() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(3, 3))
+    model = nn.Sequential(inner, inner)
+    second = Step((("0.0", "input"), 0), (0, 0), "scale", True)
+    check_program(model, Program((Step((("0", "input"), 0), (0, 0), "skip", False), second), (), True))
 
 
 WRONG = {
