@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, count, encoding, model_name, write
+from nnterp.commands.terminal import (
+    DEFAULT_MODEL,
+    add_model,
+    add_output,
+    count,
+    encoding,
+    model_name,
+    write,
+    write_json,
+)
 from nnterp.errors import PositionError
 from nnterp.interventions.attention_patterns import AttentionPatterns, attention_patterns
 from nnterp.lens_table import cells, marks_legend, visible
@@ -49,10 +56,7 @@ def add_attention(commands: Any) -> None:
         "--position", metavar="N", type=int, default=-1, help="the token that looks, counted from 0 (default: the last)"
     )
     parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each head (default: 5)")
-    parser.add_argument(
-        "--html", metavar="FILE", type=Path, help="also draw a map for each head, in a file to open in a browser"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object with all probabilities instead of tables")
+    add_output(parser, "with all probabilities instead of tables", "a map for each head")
     add_model(parser)
     parser.set_defaults(run=_attention)
 
@@ -69,7 +73,7 @@ def _attention(arguments: argparse.Namespace) -> None:
         save_figure(plot_attention(found), arguments.html)
     name = model_name(arguments.model)
     if arguments.json:
-        write(json.dumps(_as_json(found, name), ensure_ascii=False) + "\n")
+        write_json(_as_json(found, name))
         return
     position %= length
     write(f"{name}: what {visible(found.tokens[position], encoding())} (position {position}) looks at\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import textwrap
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 
 from nnsight_core.errors import NNsightError
 from nnsight_core.input_errors import ModelNotFoundError
-from nnterp.commands.terminal import add_remote_code, model_name, write
+from nnterp.commands.terminal import add_output, add_remote_code, model_name, write, write_json
 from nnterp.contract import Verdict, run_contract
 from nnterp.errors import NnterpError
 from nnterp.standardized_transformer import StandardizedTransformer
@@ -47,7 +46,7 @@ def add_check(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="NAME_OR_PATH", help="a model's folder or its name on the Hugging Face hub")
     parser.add_argument("--spec", metavar="FILE", help="a specification of one's own")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_output(parser, "instead of a table")
     add_remote_code(parser)
     parser.set_defaults(run=_check)
 
@@ -61,7 +60,7 @@ def _check(arguments: argparse.Namespace) -> int:
     kept = all(verdict.answer != "not" for verdict in verdicts)
     if arguments.json:
         rows = [dataclasses.asdict(verdict) for verdict in verdicts]
-        write(json.dumps({"model": arguments.model, "kept": kept, "promises": rows}, indent=2) + "\n")
+        write_json({"model": model_name(arguments.model), "kept": kept, "promises": rows})
     else:
         counts = Counter(verdict.answer for verdict in verdicts)
         write(f"{model_name(arguments.model)}: {', '.join(f'{count} {answer}' for answer, count in counts.items())}\n")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, count, model_name, write
+from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, count, model_name, write, write_json
 from nnterp.interventions.head_scores import KINDS, head_scores
 from nnterp.pictures import plot_head_scores
 from nnterp.pictures.saving import check_figure_file, save_figure
@@ -45,10 +42,7 @@ def add_heads(commands: Any) -> None:
     parser.add_argument("--length", metavar="N", type=count, default=24, help="tokens in each copy (default: 24)")
     parser.add_argument("--sequences", metavar="N", type=count, default=8, help="how many sequences (default: 8)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="which random tokens (default: 0)")
-    parser.add_argument(
-        "--html", metavar="FILE", type=Path, help="also draw the scores of all heads, in a file to open in a browser"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object with the scores of all heads")
+    add_output(parser, "with the scores of all heads", "the scores of all heads")
     add_model(parser)
     parser.set_defaults(run=_heads)
 
@@ -63,20 +57,15 @@ def _heads(arguments: argparse.Namespace) -> None:
         save_figure(plot_head_scores(scores), arguments.html)
     name = model_name(arguments.model)
     if arguments.json:
-        values = {kind: [[_plain(each) for each in row] for row in found.tolist()] for kind, found in scores.items()}
+        values = {kind: found.tolist() for kind, found in scores.items()}
         about = {"length": arguments.length, "sequences": arguments.sequences, "seed": arguments.seed}
-        write(json.dumps({"model": name, **about, "axes": ["layer", "head"], "scores": values}) + "\n")
+        write_json({"model": name, **about, "axes": ["layer", "head"], "scores": values})
         return
     write(f"{name}: the heads with the highest scores\n")
     for kind, found in scores.items():
         write(f"\n{kind}\n" + "".join(f"  {line}\n" for line in _best(found, arguments.top)))
     if arguments.html is not None:
         write(f"\nmap: {arguments.html}\n")
-
-
-def _plain(value: float) -> float | None:
-    """JSON knows no NaN: null is what is not there."""
-    return None if math.isnan(value) else value
 
 
 def _best(scores: torch.Tensor, top: int) -> list[str]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, count, encoding, model_name, write
+from nnterp.commands.terminal import (
+    DEFAULT_MODEL,
+    add_model,
+    add_output,
+    count,
+    encoding,
+    model_name,
+    write,
+    write_json,
+)
 from nnterp.interventions.logit_lens import LensResult, lens_tokens
 from nnterp.lens_table import cells, fit, lens_table, visible
 from nnterp.pictures import check_figure_file, plot_lens, save_figure
@@ -46,14 +54,11 @@ def add_lens(commands: Any) -> None:
     )
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", type=_prompt, help="a text for the model to go on with")
     parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each layer (default: 5)")
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        type=Path,
-        help="also draw all positions of the prompt as a heat map, in a file to open in a browser (or an image: .png, "
-        ".svg, .pdf); for several prompts the files are numbered: lens-1.html, lens-2.html, ...",
+    add_output(
+        parser,
+        "instead of tables",
+        "all positions of each prompt as a heat map (for several prompts the files are numbered: lens-1.html, ...)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument(
         "--all-positions", action="store_true", help="with --json: after every token of a prompt, not the last alone"
     )
@@ -87,7 +92,7 @@ def _lens(arguments: argparse.Namespace) -> None:
         if index < len(arguments.prompts) - 1:
             write("\n")
     if arguments.json:
-        write(json.dumps({"model": name, "heat_maps": list(map(str, pages)), "prompts": found}) + "\n")
+        write_json({"model": name, "heat_maps": list(map(str, pages)), "prompts": found})
 
 
 def _read(model: StandardizedTransformer, prompt: str, arguments: argparse.Namespace) -> LensResult:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, encoding, model_name, write
+from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, encoding, model_name, write, write_json
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
@@ -58,8 +57,7 @@ def add_patch(commands: Any) -> None:
     parser.add_argument(
         "--estimate", metavar="STEPS", type=int, help="estimate all patches from so many gradients instead"
     )
-    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw the maps, in a file to open in a browser")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    add_output(parser, "instead of tables", "the maps")
     add_model(parser)
     parser.set_defaults(run=_patch)
 
@@ -80,7 +78,7 @@ def _patch(arguments: argparse.Namespace) -> None:
     if page is not None:
         plot_patching(result).write_html(page, include_plotlyjs=True)
     if arguments.json:
-        write(json.dumps(_as_json(result, arguments), ensure_ascii=False) + "\n")
+        write_json(_as_json(result, arguments))
         return
     write(f"{model_name(arguments.model)}: corrupted {result.corrupted.item():.2f}, clean {result.clean.item():.2f}\n")
     for kind in result.values:
@@ -98,15 +96,8 @@ def _as_json(result: PatchingResult, arguments: argparse.Namespace) -> dict[str,
         "estimated": arguments.estimate is not None,
         "layers": result.layers,
         "axes": dict(result.axes),
-        "recovered": {kind: _plain(result.recovered(kind).tolist()) for kind in result.values},
+        "recovered": {kind: result.recovered(kind).tolist() for kind in result.values},
     }
-
-
-def _plain(values: Any) -> Any:
-    """JSON knows no NaN: null is what is not there."""
-    if isinstance(values, list):
-        return [_plain(each) for each in values]
-    return None if math.isnan(values) else values
 
 
 def _table(result: PatchingResult, kind: str) -> str:

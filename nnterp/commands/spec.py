@@ -1,14 +1,16 @@
-"""``nnterp spec``: what a model is made of, as the YAML of its specification."""
+"""``nnterp spec``: what a model is made of, as the YAML of its specification, or the same as JSON."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+import yaml
+
 from nnsight_core.language_model import LanguageModel
 from nnterp.architectures import load_specs
 from nnterp.calling import config_of
-from nnterp.commands.terminal import add_remote_code, write
+from nnterp.commands.terminal import add_output, add_remote_code, write, write_json
 from nnterp.demo_models import demo_model_path
 from nnterp.inference import infer_yaml
 
@@ -18,6 +20,7 @@ EXAMPLES = """\
 examples:
   nnterp spec gpt2                             the file that serves it
   nnterp spec gpt2 --inferred                  what its structure alone would say
+  nnterp spec gpt2 --json | jq .modules
   nnterp spec ./my-model > my_model.yaml       a file to read, mend and keep; then
   nnterp check ./my-model --spec my_model.yaml"""
 
@@ -34,6 +37,7 @@ def add_spec(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="NAME_OR_PATH", help="a model's folder or its name on the Hugging Face hub")
     parser.add_argument("--inferred", action="store_true", help="find the structure also where a file serves the type")
+    add_output(parser, "with the same keys instead of YAML")
     add_remote_code(parser)
     parser.set_defaults(run=_spec)
 
@@ -42,4 +46,8 @@ def _spec(arguments: argparse.Namespace) -> None:
     place = demo_model_path(arguments.model) or arguments.model
     module = LanguageModel(place, trust_remote_code=arguments.trust_remote_code)._module
     served = load_specs().get(getattr(config_of(module), "model_type", ""))
-    write(infer_yaml(module) if arguments.inferred or served is None else served.text)
+    text = infer_yaml(module) if arguments.inferred or served is None else served.text
+    if arguments.json:
+        write_json(yaml.safe_load(text))
+    else:
+        write(text)

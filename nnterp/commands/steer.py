@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import torch
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, write
+from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, model_name, write, write_json
 from nnterp.interventions.steering import METHODS, SteeringVector
 from nnterp.standardized_transformer import StandardizedTransformer
 
@@ -46,7 +45,7 @@ def add_steer(commands: Any) -> None:
     parser.add_argument("--factor", metavar="X", type=float, default=1.0, help="how much of the direction (default: 1)")
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"default: {METHODS[0]}")
     parser.add_argument("--tokens", metavar="N", type=int, default=12, help="how many tokens to write (default: 12)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_output(parser, "instead of text")
     add_model(parser)
     parser.set_defaults(run=_steer, error=parser.error)
 
@@ -64,8 +63,9 @@ def _steer(arguments: argparse.Namespace) -> None:
     if arguments.save:
         vector.save(arguments.save)
     if arguments.json:
-        found = {"model": arguments.model, "prompt": arguments.prompt, "layers": list(layers or vector.layers)}
-        write(json.dumps({**found, "factor": arguments.factor, "plain": plain, "steered": steered}, indent=2) + "\n")
+        name, used = model_name(arguments.model), list(layers or vector.layers)
+        about = {"model": name, "prompt": arguments.prompt, "layers": used, "factor": arguments.factor}
+        write_json({**about, "plain": plain, "steered": steered})
         return
     write(f"plain     {arguments.prompt}|{plain}\nsteered   {arguments.prompt}|{steered}\n")
 

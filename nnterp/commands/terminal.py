@@ -1,12 +1,25 @@
-"""What commands share: the option that names a model, and writing to a terminal that may not know every character."""
+"""What commands share: their options, and writing for machines and to a terminal that may not know every character."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
-__all__ = ["add_model", "add_remote_code", "count", "DEFAULT_MODEL", "encoding", "model_name", "write"]
+__all__ = [
+    "add_model",
+    "add_output",
+    "add_remote_code",
+    "count",
+    "DEFAULT_MODEL",
+    "encoding",
+    "model_name",
+    "write",
+    "write_json",
+]
 
 DEFAULT_MODEL = "demo-llama"
 
@@ -30,6 +43,24 @@ def add_remote_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser, json_object: str, drawn: str | None = None) -> None:
+    """The option ``--json``, which gives one object, and, where something can be drawn, ``--html``.
+
+    Args:
+        parser: the command's parser.
+        json_object: what the object has or stands for, as in "one JSON object with all scores".
+        drawn: what is drawn, as in "also draw all scores".
+    """
+    if drawn is not None:
+        parser.add_argument(
+            "--html",
+            metavar="FILE",
+            type=Path,
+            help=f"also draw {drawn}, in a file to open in a browser; or an image: .png, .svg, .pdf",
+        )
+    parser.add_argument("--json", action="store_true", help=f"one JSON object {json_object}")
+
+
 def count(text: str) -> int:
     """A whole number of 1 or more, for an option."""
     try:
@@ -50,6 +81,26 @@ def model_name(model: str) -> str:
 def write(text: str) -> None:
     """Write to stdout, with escapes for what its encoding has no characters for."""
     sys.stdout.write(text.encode(encoding(), "backslashreplace").decode(encoding()))
+
+
+def write_json(found: Any) -> None:
+    """Write one JSON value as a line of its own, in ASCII, so that no terminal's encoding can spoil it.
+
+    JSON knows no NaN and no infinity: null is what is not there.
+    """
+    try:
+        text = json.dumps(found, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(found), allow_nan=False)
+    write(text + "\n")
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: _finite(each) for name, each in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(each) for each in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def encoding() -> str:
