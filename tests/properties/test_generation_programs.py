@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnsight_core import LanguageModel
+from nnsight_core.calls import OneCall
+from nnsight_core.counting import CallCounter
 from nnsight_core.events import Event
 from nnsight_core.rows import Rows, StrictRows
 from tests import leaks, oracle
@@ -101,12 +103,15 @@ class Writer(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """What is done at one value of one step: ``path`` leads to the tensor in it."""
+    """What is done at one value of one step: ``path`` leads to the tensor in it; ``call`` is the number of the module's
+    call in the step, None for the next that comes.
+    """
 
     place: oracle.Place
     path: oracle.Path
     kind: str
     number: float
+    call: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,28 +126,43 @@ KINDS = ("save", "replace", "slice", "add", "combine")
 
 
 @st.composite
-def _bodies(draw: st.DrawFn, order: list[tuple[oracle.Place, list[oracle.Path]]]) -> tuple[tuple[Visit, ...], ...]:
-    steps = []
-    for _ in range(STEPS):
-        visits = []
-        for number in sorted(draw(st.sets(st.sampled_from(range(len(order))), max_size=3))):
-            place, paths = order[number]
-            if visits and visits[-1].place == place:
-                continue
-            kind, path = draw(st.sampled_from(KINDS)), draw(st.sampled_from(paths))
-            visits.append(Visit(place, path, kind, draw(st.sampled_from([0.5, -2.0]))))
-        steps.append(tuple(visits))
-    return tuple(steps)
+def _visits(draw: st.DrawFn, order: list[tuple[oracle.Place, list[oracle.Path]]], is_alone: bool) -> tuple[Visit, ...]:
+    """What is done in one step, of which ``order`` has the values."""
+    visits: list[Visit] = []
+    # In a batch the calls inside a skipped one are made, for the others; alone they are not, and are not counted.
+    made, until = list(range(len(order))), -1
+    for index in sorted(draw(st.sets(st.sampled_from(range(len(order))), max_size=4))):
+        place, paths = order[index]
+        if index <= until:
+            continue
+        kinds = KINDS
+        if place[1] == "input" and place[0].count(".") == 1 and paths == [(0, 0)]:
+            # A part that keeps nothing for later steps.
+            kinds = (*KINDS, "skip", "skip")
+        kind, path = draw(st.sampled_from(kinds)), draw(st.sampled_from(paths))
+        call = [i for i in made if order[i][0] == place].index(index)
+        # The place where the model stands is given again, unless another call is meant.
+        has_number = place[1] != "softmax" and (draw(st.booleans()) or (visits and visits[-1].place == place))
+        if not has_number and visits and visits[-1].place == place:
+            continue
+        if kind == "skip":
+            until = next(i for i, (each, _) in enumerate(order) if i > index and each == (place[0], "output"))
+            made = [i for i in made if not (is_alone and index < i < until)]
+            has_number = True
+        visits.append(Visit(place, path, kind, draw(st.sampled_from([0.5, -2.0])), call if has_number else None))
+    return tuple(visits)
 
 
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[Writer, Program]:
     torch.manual_seed(draw(st.integers(0, 5)))
-    made = draw(st.lists(st.sampled_from([Attention, Mlp, Takes, Attention]), min_size=1, max_size=3))
-    model = Writer([part() for part in made]).eval()
+    parts = [part() for part in draw(st.lists(st.sampled_from([Attention, Mlp, Takes]), min_size=1, max_size=2))]
+    # Some stand at several places.
+    model = Writer([*parts, *draw(st.lists(st.sampled_from(parts), max_size=2))]).eval()
     bodies = draw(st.integers(1, 3))
-    order = Hooked(model, ()).order()
-    return model, Program(tuple(draw(_bodies(order)) for _ in range(bodies)), draw(st.sampled_from([1, 1, 2])))
+    order = Hooked(model, (), True).order()
+    made = [tuple(draw(_visits(order, bodies == 1)) for _ in range(STEPS)) for _ in range(bodies)]
+    return model, Program(tuple(made), draw(st.sampled_from([1, 1, 2])))
 
 
 def prompts(program: Program) -> list[torch.Tensor]:
@@ -151,14 +171,17 @@ def prompts(program: Program) -> list[torch.Tensor]:
 
 
 class Hooked:
-    """One body as plain hooks would run it on its own prompt."""
+    """One body as plain hooks would run it on its own prompt; ``is_alone`` if it has no others beside it."""
 
-    def __init__(self, model: Writer, steps: tuple[tuple[Visit, ...], ...]) -> None:
-        self.model, self.steps = model, steps
+    def __init__(self, model: Writer, steps: tuple[tuple[Visit, ...], ...], is_alone: bool) -> None:
+        self.model, self.steps, self.is_alone = model, steps, is_alone
         self.saved: list[torch.Tensor] = []
         self.pool: Any = 0.25
         self._left: list[Visit] = []
         self._step = -1
+        self._counts: dict[oracle.Place, int] = {}
+        #: The module that is being skipped, and what it gives.
+        self._skipped: tuple[str, Any] | None = None
         self._seen: list[tuple[oracle.Place, list[oracle.Path]]] = []
 
     def order(self) -> list[tuple[oracle.Place, list[oracle.Path]]]:
@@ -172,14 +195,25 @@ class Hooked:
         if place == ("", "input"):
             self._step += 1
             self._left = list(self.steps[self._step]) if self.steps else []
+            self._counts.clear()
         floats = [path for path in oracle.tensor_paths(value) if oracle.get(value, path).is_floating_point()]
         # What is kept of the steps before is no value of a step.
         self._seen.append((place, [path for path in floats if path[:2] != (0, 1)]))
-        if not self._left or self._left[0].place != place:
-            return None
-        visit = self._left.pop(0)
+        skipped = self._skipped
+        if skipped is None or place == (skipped[0], "output") or not self.is_alone:
+            self._counts[place] = self._counts.get(place, -1) + 1
+        if skipped is not None:
+            if place != (skipped[0], "output"):
+                return None
+            value, self._skipped = skipped[1], None
+        visit = self._left[0] if self._left else None
+        if visit is None or visit.place != place or visit.call not in (None, self._counts[place]):
+            return None if skipped is None else (value,)
+        self._left.pop(0)
         new = done(visit, oracle.get(value, visit.path), self)
-        return None if new is None else (oracle.put(value, visit.path, new),)
+        if visit.kind == "skip":
+            self._skipped, new = (place[0], new), None
+        return (value if new is None else oracle.put(value, visit.path, new),)
 
     def run(self, prompt: torch.Tensor, spread: int) -> None:
         for name, module in self.model.named_modules():
@@ -201,7 +235,7 @@ def done(visit: Visit, value: Any, body: Any) -> Any:
     if visit.kind == "combine":
         body.pool = (value * visit.number).mean() + body.pool
         return None
-    if visit.kind == "replace":
+    if visit.kind in ("replace", "skip"):
         return value * visit.number + body.pool
     new = value.clone()
     if visit.kind == "slice":
@@ -224,6 +258,8 @@ class Traced:
         # Operations are counted from the start of a call: a later step has no dry run of what has gone by in it.
         for path in {visit.place[0] for visits in steps for visit in visits if visit.place[1] == "softmax"}:
             _ = self.model.get(path).source
+        numbered = {visit.place[0] for visits in steps for visit in visits if visit.call is not None}
+        self.calls = {path: self.model.get(path).calls for path in numbered}
         for step in tracer.iter[0:STEPS]:
             for visit in steps[step]:
                 self._visit(visit)
@@ -233,17 +269,21 @@ class Traced:
         path, kind = visit.place
         envoy = self.model.get(path)
         owner, name = (envoy, kind) if kind != "softmax" else (envoy.source.softmax_0, "output")
+        if visit.call is not None:
+            owner = self.calls[path][visit.call]
         value = getattr(owner, name)
         for key in visit.path:
             value = value[key]
         new = done(visit, value, self)
         if new is None:
             return
-        if not visit.path:
+        if visit.kind == "skip":
+            owner.skip(new)
+        elif not visit.path:
             setattr(owner, name, new)
         elif kind == "input":
             # The first argument.
-            envoy.input = new
+            owner.input = new
         else:
             getattr(owner, name)[visit.path[0]] = new
 
@@ -270,7 +310,7 @@ def check_program(model: Writer, program: Program) -> None:
     """The same numbers in every step of every body, and nothing left behind."""
     expected = []
     for steps, prompt in zip(program.bodies, prompts(program), strict=True):
-        hooked = Hooked(model, steps)
+        hooked = Hooked(model, steps, len(program.bodies) == 1)
         hooked.run(prompt, program.spread)
         expected += hooked.saved
     with leaks.watching([model]) as watch:
@@ -295,8 +335,14 @@ def test_each_prompt_goes_its_own_way(case: tuple[Writer, Program]) -> None:
 
 def _two_writes() -> tuple[Writer, Program]:
     torch.manual_seed(0)
-    visits = (Visit(("parts.0", "softmax"), (), "save", 1.0), Visit(("head", "output"), (), "replace", -2.0))
-    return Writer([Attention()]), Program((((visits,) * STEPS),) * HEADS, 1)
+    visits = (
+        Visit(("parts.0", "softmax"), (), "save", 1.0),
+        Visit(("parts.1", "input"), (0, 0), "skip", 0.5, 1),
+        Visit(("parts.1", "output"), (), "save", 1.0, 1),
+        Visit(("head", "output"), (), "replace", -2.0),
+    )
+    twice = Mlp()
+    return Writer([Attention(), twice, twice]), Program((((visits,) * STEPS),) * HEADS, 1)
 
 
 def test_the_harness_passes_a_right_engine() -> None:
@@ -311,6 +357,8 @@ WRONG = {
     "heads that are taken for rows": (StrictRows, "_range", _by_the_first_axis),
     "a write that spills": (Rows, "put", lambda self, value, part, place=None: self.take(part).expand_as(value)),
     "a dropped write": (Event, "write", lambda self, value: None),
+    "a dropped skip": (OneCall, "skip", lambda self, value: None),
+    "calls that are not counted": (CallCounter, "begins", lambda self: setattr(self, "now", 1)),
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnsight_core import NNsight
+from nnsight_core.envoy import Envoy
 from nnsight_core.events import Event
 from nnsight_core.hooks import HookBoard
 from nnsight_core.rows import Rows
@@ -118,15 +119,22 @@ PLAIN_KINDS = ["read", "save", "combine", "slice", "row", "add", "replace", "met
 @st.composite
 def _bodies(draw: st.DrawFn, order: Any, rows: int, looks: bool) -> Body:
     visits: list[Visit] = []
-    for number in sorted(draw(st.sets(st.sampled_from(range(len(order))), min_size=1, max_size=4))):
-        place, paths = order[number]
-        if visits and visits[-1].place == place:
+    until = -1
+    for index in sorted(draw(st.sets(st.sampled_from(range(len(order))), min_size=1, max_size=4))):
+        place, paths = order[index]
+        if index <= until or (visits and visits[-1].place == place):
             continue
         kinds = draw(st.lists(st.sampled_from(PLAIN_KINDS + ["look"] * looks), min_size=1, max_size=3))
         steps = [
             Step(kind, draw(st.sampled_from(paths)), draw(st.integers(0, 9)), draw(st.sampled_from([0.5, -2.0])))
             for kind in kinds
         ]
+        if place[0] and place[1] == "input" and draw(st.booleans()):
+            end = (place[0], "output")
+            until, gives = next((i, gives) for i, (each, gives) in enumerate(order) if i > index and each == end)
+            # It gives its input, changed; where it gives two tensors, that and its input.
+            kind = "skip" if gives == [()] else "skip with a tuple"
+            steps.append(Step(kind, paths[0], draw(st.integers(0, 9)), draw(st.sampled_from([0.5, -2.0]))))
         visits.append(Visit(place, tuple(steps)))
     return Body(rows, tuple(visits))
 
@@ -181,18 +189,34 @@ def change(step: Step, value: Any, other: Any) -> None:
 IN_PLACE = ("slice", "row", "add", "method")
 
 
+def instead(step: Step, value: Any, other: Any) -> Any:
+    """What a module that is skipped gives, of its input."""
+    made = value * step.number + other
+    return made if step.kind == "skip" else (made, value, None)
+
+
 class HookedBody:
     """One body as plain hooks would run it, on the rows that it is given."""
 
     def __init__(self, body: Body, pool: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
         self.pool, self.saved = pool, saved
         self._left = list(body.visits)
+        #: The module that is being skipped, and what it gives.
+        self._skipped: tuple[str, Any] | None = None
 
     def visit(self, place: oracle.Place, value: Any) -> tuple[Any] | None:
+        skipped = self._skipped
+        if skipped is not None:
+            if place != (skipped[0], "output"):
+                return None
+            value, self._skipped = skipped[1], None
         if not self._left or self._left[0].place != place:
-            return None
+            return None if skipped is None else (value,)
         for step in self._left.pop(0).steps:
             old = oracle.get(value, step.path)
+            if step.kind.startswith("skip"):
+                self._skipped = place[0], instead(step, old, self.pool[step.at % len(self.pool)])
+                continue
             if step.kind in IN_PLACE:
                 new = old.clone()
                 change(step, new, self.pool[step.at % len(self.pool)])
@@ -266,6 +290,9 @@ class Invoked:
                 value = value[key]
             if step.kind in IN_PLACE:
                 change(step, value, pool[step.at % len(pool)])
+                continue
+            if step.kind.startswith("skip"):
+                envoy.skip(instead(step, value, pool[step.at % len(pool)]))
                 continue
             new = run_step(step, value, pool, saved)
             if new is None:
@@ -349,7 +376,9 @@ def test_looking_and_crossing_together(case: tuple[nn.Module, Program]) -> None:
 def _two_writes(raises: bool = False) -> tuple[nn.Module, Program]:
     torch.manual_seed(0)
     visit = Visit(("0", "output"), (Step("save", (), 0, 1.0), Step("method", (), 0, -2.0)))
-    return nn.Sequential(_linear(), _linear()), Program((Body(1, (visit,)), Body(2, (visit,))), False, raises)
+    skip = Visit(("1", "input"), (Step("skip", (0, 0), 0, 0.5),))
+    model = nn.Sequential(_linear(), _linear(), _linear())
+    return model, Program((Body(1, (visit,)), Body(2, (visit, skip))), False, raises)
 
 
 def test_the_harness_passes_a_right_engine() -> None:
@@ -365,6 +394,7 @@ WRONG = {
     "somebody else's rows": (Rows, "_range", _first_rows),
     "a write that spills": (Rows, "put", lambda self, value, part, place=None: self.take(part).expand_as(value)),
     "a dropped write": (Event, "write", lambda self, value: None),
+    "a dropped skip": (Envoy, "skip", lambda self, value: None),
 }
 
 
