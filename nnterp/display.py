@@ -19,6 +19,7 @@ import torch
 from nnsight_core import LanguageModel
 from nnterp.errors import TopCountError, UsageError
 from nnterp.pictures.drawing import as_label, check_plotly
+from nnterp.pictures.saving import PAGES, check_figure_file, save_figure
 from nnterp.prompt_utils import Prompt
 from nnterp.token_text import token_text
 
@@ -80,11 +81,12 @@ def plot_topk_tokens(
         A plotly figure, not shown: ``figure.show()`` shows it.
 
     Raises:
-        UsageError: plotly is not installed, or kaleido, which pictures need; or the numbers are no probabilities.
+        UsageError: plotly is not installed; or the numbers are no probabilities.
+        FigureFileError: the file cannot be written, such as a picture without kaleido; said before the work.
         TopCountError: ``k`` is out of range.
     """
     check_plotly()
-    target = None if file is None else _writable(Path(file))
+    target = None if file is None else check_figure_file(file)
     probs = _probabilities(next_token_probs)
     if not 1 <= k <= probs.shape[-1]:
         raise TopCountError(k, probs.shape[-1])
@@ -93,17 +95,10 @@ def plot_topk_tokens(
     title = f"The {k} most probable next tokens at each layer" if title is None else title
     figure = _figure(top.values, top.indices, texts, use_token_ids, title, (height, width))
     if target is not None:
-        _save(figure, target, save_html)
+        if save_html and target.suffix.lower() not in PAGES:
+            save_figure(figure, target.with_suffix(PAGES[0]))
+        save_figure(figure, target)
     return figure
-
-
-def _writable(target: Path) -> Path:
-    if target.suffix != ".html" and find_spec("kaleido") is None:
-        raise UsageError(
-            f"Saving {target.name} takes kaleido, which is not installed: pip install kaleido, or save a page, "
-            f"file={str(target.with_suffix('.html'))!r}."
-        )
-    return target
 
 
 def _probabilities(given: Any) -> torch.Tensor:
@@ -206,13 +201,6 @@ def _draw(
     figure.update_yaxes(
         title="layer", dtick=step, autorange="reversed", showgrid=False, zeroline=False, row=row, col=col
     )
-
-
-def _save(figure: Figure, target: Path, save_html: bool) -> None:
-    if target.suffix != ".html":
-        figure.write_image(target, scale=3)
-    if save_html or target.suffix == ".html":
-        figure.write_html(target.with_suffix(".html"))
 
 
 def prompts_to_df(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase | LanguageModel | None = None) -> DataFrame:

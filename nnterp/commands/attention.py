@@ -18,8 +18,7 @@ from nnterp.commands.terminal import (
 from nnterp.errors import PositionError
 from nnterp.interventions.attention_patterns import AttentionPatterns, attention_patterns
 from nnterp.lens_table import cells, marks_legend, visible
-from nnterp.pictures import plot_attention
-from nnterp.pictures.saving import check_figure_file, save_figure
+from nnterp.pictures import check_figure_file, plot_attention, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["add_attention"]

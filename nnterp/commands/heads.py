@@ -9,8 +9,7 @@ import torch
 
 from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, count, model_name, write, write_json
 from nnterp.interventions.head_scores import KINDS, head_scores
-from nnterp.pictures import plot_head_scores
-from nnterp.pictures.saving import check_figure_file, save_figure
+from nnterp.pictures import check_figure_file, plot_head_scores, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["add_heads"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, encoding, model_name, write, write_json
-from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.metrics import logit_difference
 from nnterp.interventions.sites import HEADS, STREAMS
 from nnterp.lens_table import cells, visible
-from nnterp.pictures import check_plotly, plot_patching
+from nnterp.pictures import check_figure_file, plot_patching, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["add_patch"]
@@ -63,11 +61,8 @@ def add_patch(commands: Any) -> None:
 
 
 def _patch(arguments: argparse.Namespace) -> None:
-    page: Path | None = arguments.html
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise UsageError(f"The maps cannot be written to '{page}': give --html a file in a folder that exists.")
-    if page is not None:
-        check_plotly()
+    if arguments.html is not None:
+        check_figure_file(arguments.html)
     model = StandardizedTransformer(arguments.model)
     metric = logit_difference(model, *arguments.answers)
     prompts = arguments.clean, arguments.corrupted
@@ -75,16 +70,16 @@ def _patch(arguments: argparse.Namespace) -> None:
         result = activation_patching(model, *prompts, metric, arguments.sites)
     else:
         result = attribution_patching(model, *prompts, metric, arguments.sites, steps=arguments.estimate)
-    if page is not None:
-        plot_patching(result).write_html(page, include_plotlyjs=True)
+    if arguments.html is not None:
+        save_figure(plot_patching(result), arguments.html)
     if arguments.json:
         write_json(_as_json(result, arguments))
         return
     write(f"{model_name(arguments.model)}: corrupted {result.corrupted.item():.2f}, clean {result.clean.item():.2f}\n")
     for kind in result.values:
         write(f"\n{kind}: part recovered, by layer\n{_table(result, kind)}")
-    if page is not None:
-        write(f"\nmaps: {page}\n")
+    if arguments.html is not None:
+        write(f"\nmaps: {arguments.html}\n")
 
 
 def _as_json(result: PatchingResult, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from nnterp.pictures.drawing import check_plotly
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["check_figure_file", "FigureFileError", "save_figure"]
+__all__ = ["check_figure_file", "FigureFileError", "PAGES", "save_figure"]
 
+#: How the names of pages end.
 PAGES = (".html", ".htm")
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 #: Pixels of an image for each pixel of the figure, so that it is sharp in print.
@@ -38,8 +40,8 @@ def check_figure_file(path: str | Path) -> Path:
         path: the file.
 
     Raises:
-        FigureFileError: there is no such folder, the file's name is of no kind that a figure can be, or it is of an
-            image and kaleido is not installed.
+        FigureFileError: there is no such folder, one may not write there, the file's name is of no kind that a figure
+            can be, or it is of an image and kaleido is not installed.
         UsageError: plotly is not installed.
     """
     check_plotly()
@@ -48,6 +50,8 @@ def check_figure_file(path: str | Path) -> Path:
         raise FigureFileError(file, "that is a folder")
     if not file.parent.is_dir():
         raise FigureFileError(file, f"there is no folder '{file.parent}'")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise FigureFileError(file, "you may not write there")
     suffix = file.suffix.lower()
     if suffix not in (*PAGES, *IMAGES):
         raise FigureFileError(file, f"its name ends in '{file.suffix}'" if suffix else "its name has no ending")

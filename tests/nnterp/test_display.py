@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer, display
+from nnterp import StandardizedTransformer
 from nnterp.display import plot_topk_tokens, prompts_to_df
 from nnterp.errors import TopCountError, UsageError
 from nnterp.interventions import logit_lens
+from nnterp.pictures import FigureFileError
 from nnterp.prompt_utils import Prompt
 
 PROMPTS = ["The Eiffel Tower is in the city of", "The capital of Japan is", "One and one", "Mary"]
@@ -57,17 +58,19 @@ def test_files(demo_gpt2: StandardizedTransformer, tmp_path: Path, monkeypatch: 
     page = tmp_path / "own.html"
     plot_topk_tokens(probs, demo_gpt2, file=page, save_html=False)
     assert "cdn" not in page.read_text(encoding="utf-8")[:300] and page.stat().st_size > 10**6
-    if display.find_spec("kaleido") is None:
-        with pytest.raises(UsageError, match=r"Saving own\.png takes kaleido.*file='.*own\.html'"):
-            plot_topk_tokens(probs, demo_gpt2, file=str(tmp_path / "own.png"))
+    monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: None)
+    for name, fact in (("own.png", "kaleido, which is not installed"), ("own", "its name has no ending")):
+        # Before the numbers are looked at.
+        with pytest.raises(FigureFileError, match=fact):
+            plot_topk_tokens("no numbers", demo_gpt2, file=str(tmp_path / name))  # type: ignore[arg-type]
     from plotly.graph_objects import Figure
 
     saved: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(display, "find_spec", lambda name: name)
+    monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: name)
     monkeypatch.setattr(Figure, "write_image", lambda self, path, **how: saved.append((path.name, how)))
     plot_topk_tokens(probs, demo_gpt2, file=tmp_path / "a.png")
     plot_topk_tokens(probs, demo_gpt2, file=tmp_path / "b.png", save_html=False)
-    assert saved == [("a.png", {"scale": 3}), ("b.png", {"scale": 3})]
+    assert saved == [("a.png", {"scale": 2}), ("b.png", {"scale": 2})]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "own.html"]
 
 

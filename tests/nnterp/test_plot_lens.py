@@ -150,6 +150,19 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
             save_figure(Figure(), tmp_path / name)
 
 
+def test_a_file_that_one_may_not_write_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept.html"
+    kept.write_text("kept", encoding="utf-8")
+    closed = {kept}
+    monkeypatch.setattr("nnterp.pictures.saving.os.access", lambda path, mode: path not in closed)
+    with pytest.raises(FigureFileError, match="you may not write there"):
+        check_figure_file(kept)
+    assert check_figure_file(tmp_path / "new.html") == tmp_path / "new.html"
+    closed.add(tmp_path)
+    with pytest.raises(FigureFileError, match="you may not write there"):
+        check_figure_file(tmp_path / "new.html")
+
+
 def test_without_plotly(model: StandardizedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     lens = lens_tokens(model, PROMPT)
     monkeypatch.setitem(sys.modules, "plotly", None)
