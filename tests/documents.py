@@ -1,22 +1,26 @@
 """The examples of the documents and docstrings, found and run as they stand.
 
 In a Markdown document, blocks fenced as `python` run in order and share one namespace, as if a reader typed them one
-after the other; with `>>>` prompts (or fenced as `pycon`) what they show is compared as well. A block that cannot run
-says why in its fence: `python no-run: it needs a GPU`. A docstring is a document of its own, which starts with the
-names of its module.
+after the other; with `>>>` prompts (or fenced as `pycon`) what they show is compared as well. So is the next block
+where it is fenced as `text`: it is what the Python block prints, or the message of the error that ends it, with `...`
+for what varies. A block that cannot run says why in its fence: `python no-run: it needs a GPU`. A docstring is a
+document of its own, which starts with the names of its module.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
+import io
 import linecache
 import re
 import textwrap
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +129,12 @@ def run_document(path: Path, root: Path) -> None:
         return
     # The name of a script, so that classes defined in a document can be pickled and errors point at the document.
     namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
-    for block in blocks(path.read_text(encoding="utf-8")):
+    found = all_blocks(path)
+    for block, after in zip_longest(found, found[1:]):
         if block.is_session:
             _run_session(block.text, block.line, name, namespace)
+        elif block.is_script and after is not None and after.info == "text":
+            _run_shown(block, after, str(path), name, namespace)
         elif block.is_script:
             _run_script(block, str(path), name, namespace)
 
@@ -175,6 +182,22 @@ def _run_script(block: Block, filename: str, name: str, namespace: dict[str, Any
         inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == filename]
         line = inside[-1] if inside else block.line
         raise DocumentError(f"{name}:{line}: {type(error).__name__}: {error}") from error
+
+
+def _run_shown(block: Block, shown: Block, filename: str, name: str, namespace: dict[str, Any]) -> None:
+    """Run a script whose output, or the message of whose error, stands in the block after it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            _run_script(block, filename, name, namespace)
+        except DocumentError as failed:
+            if failed.__cause__ is None or isinstance(failed.__cause__, SyntaxError):
+                raise
+            printed.write(f"{failed.__cause__}\n")
+    got = printed.getvalue()
+    if not doctest.OutputChecker().check_output(shown.text, got, doctest.ELLIPSIS):
+        raise DocumentError(
+            f"{name}:{shown.line}: the block before it at line {block.line} gives something else\n{got}"
+        )
 
 
 def fence_complaints(path: Path, root: Path) -> list[str]:

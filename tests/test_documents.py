@@ -71,6 +71,25 @@ numbers = [1, 2]
 3
 ```
 
+```python
+print("numbers:", *numbers, id(numbers))
+```
+
+It prints
+
+```text
+numbers: 1 2 ...
+```
+
+```python
+raise ValueError("no number\\nat all")
+```
+
+```text
+no number
+at all
+```
+
 ```python no-run: it would never end
 while True: pass
 ```
@@ -97,24 +116,27 @@ def run(text: str, root: Path, name: str = "docs/guide.md") -> None:
 def test_a_good_document_runs(tmp_path: Path) -> None:
     run(GOOD, tmp_path)
     assert documents.fence_complaints(tmp_path / "docs/guide.md", tmp_path) == []
-    assert documents.not_run(tmp_path) == {"docs/guide.md:29": "it would never end"}
+    assert documents.not_run(tmp_path) == {"docs/guide.md:48": "it would never end"}
 
 
 @pytest.mark.parametrize(
     ("block", "complaint"),
     [
-        ("```python\nx = 1\nassert x == 2\n```", "docs/guide.md:45: AssertionError"),
-        ("```python\nx = 1\nmissing\n```", "docs/guide.md:45: NameError: name 'missing' is not defined"),
-        ("```python\ndef f():\n    return 1 / 0\n\nf()\n```", "docs/guide.md:45: ZeroDivisionError"),
-        ("```python\nx = (\n```", "docs/guide.md:44: '(' was never closed"),
-        ("```python\n\nx = 1\n\n>>> x\n2\n```", "docs/guide.md:47: the example gives something else"),
-        ("```pycon\n>>> numbers\n[2, ...]\n```", "docs/guide.md:44: the example gives something else"),
-        ("~~~python\nraise ValueError('tilde')\n~~~", "docs/guide.md:44: ValueError: tilde"),
-        ("```python\nx = 1\n", "line 43: this fence is never closed"),
+        ("```python\nx = 1\nassert x == 2\n```", "docs/guide.md:64: AssertionError"),
+        ("```python\nx = 1\nmissing\n```", "docs/guide.md:64: NameError: name 'missing' is not defined"),
+        ("```python\ndef f():\n    return 1 / 0\n\nf()\n```", "docs/guide.md:64: ZeroDivisionError"),
+        ("```python\nx = (\n```", "docs/guide.md:63: '(' was never closed"),
+        ("```python\n\nx = 1\n\n>>> x\n2\n```", "docs/guide.md:66: the example gives something else"),
+        ("```pycon\n>>> numbers\n[2, ...]\n```", "docs/guide.md:63: the example gives something else"),
+        ("~~~python\nraise ValueError('tilde')\n~~~", "docs/guide.md:63: ValueError: tilde"),
+        ("```python\nprint(1)\n```\n```text\n2\n```", "docs/guide.md:66: the block before it at line 63 gives"),
+        ("```python\nraise ValueError(1)\n```\n\n```text\n2\n```", "docs/guide.md:67: the block before it at line 63"),
+        ("```python\nx = (\n```\n```text\n2\n```", "docs/guide.md:63: '(' was never closed"),
+        ("```python\nx = 1\n", "line 62: this fence is never closed"),
     ],
 )
 def test_a_failing_block_is_caught_at_its_line(block: str, complaint: str, tmp_path: Path) -> None:
-    assert GOOD.count("\n") == 41
+    assert GOOD.count("\n") == 60
     with pytest.raises(documents.DocumentError) as caught:
         run(f"{GOOD}\n{block}\n", tmp_path)
     assert str(caught.value).startswith(complaint)
