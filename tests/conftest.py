@@ -73,3 +73,16 @@ def demo_gpt2() -> StandardizedTransformer:
 def demo_llama() -> StandardizedTransformer:
     """The shipped Llama; shared, so a test leaves it as it was."""
     return _demo_model("demo-llama")
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """The progress bars of the interventions as they come: title, unit and length, 0 for one that is not shown."""
+    shown: list[tuple[str, str, int]] = []
+
+    def bar(parts: Any, *, desc: str, unit: str, disable: bool, delay: float, leave: bool) -> Any:
+        shown.append((desc, unit, 0 if disable else len(parts)))
+        return parts
+
+    monkeypatch.setattr("nnterp.interventions.batching.tqdm", bar)
+    return shown

@@ -19,6 +19,7 @@ import torch
 
 from nnsight_core.prompts import token_rows
 from nnterp.errors import PromptPairError, UsageError, did_you_mean
+from nnterp.interventions.batching import in_batches
 from nnterp.interventions.metrics import Metric
 from nnterp.interventions.sites import (
     HEADS,
@@ -30,7 +31,7 @@ from nnterp.interventions.sites import (
     prompt_ids,
     token_texts,
 )
-from nnterp.interventions.sweep import SweepResult, base_metric, in_batches, sweep
+from nnterp.interventions.sweep import SweepResult, base_metric, sweep
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer

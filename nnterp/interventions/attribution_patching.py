@@ -17,10 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, unpatched
+from nnterp.interventions.batching import progress
 from nnterp.interventions.metrics import Metric, measured
 from nnterp.interventions.sites import Prompts, Site, activations, chosen_kinds
 
@@ -115,7 +115,7 @@ def _mean_gradients(
     """The metric's gradient at each layer's value, float32; the mean over the embeddings on the way, if given."""
     points: Sequence[torch.Tensor | None] = [None] if way is None else way
     sums: dict[int, torch.Tensor] = {}
-    for point in tqdm(points, desc=kind, unit="step", disable=len(points) == 1, delay=1, leave=False):
+    for point in progress(points, kind, "step"):
         for layer, gradient in _gradients(model, ids, metric, kind, layers, point).items():
             sums[layer] = sums[layer] + gradient if layer in sums else gradient
     return {layer: total / len(points) for layer, total in sums.items()}

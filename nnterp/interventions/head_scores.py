@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from nnsight_core.prompts import token_rows
 from nnterp.errors import UsageError, did_you_mean
+from nnterp.interventions.batching import progress
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -77,8 +77,7 @@ def head_scores(
     access.place(layers[0] if layers else 0)
     ids, start = repeated_tokens(model, length, sequences, seed)
     found: dict[int, list[dict[str, torch.Tensor]]] = {layer: [] for layer in layers}
-    parts = ids.split(batch_size)
-    for part in tqdm(parts, desc="head scores", unit="batch", disable=len(parts) == 1, delay=1, leave=False):
+    for part in progress(ids.split(batch_size), "head scores"):
         with torch.no_grad(), model.trace(part) as tracer:
             for layer in layers:
                 found[layer].append(looking_scores(access[layer].value, start))

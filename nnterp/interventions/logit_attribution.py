@@ -31,8 +31,8 @@ from nnterp.interventions.attribution_units import (
     onward,
     pulled_back,
 )
+from nnterp.interventions.batching import as_prompts, in_batches
 from nnterp.interventions.metrics import Answer, token_ids
-from nnterp.interventions.sweep import as_prompts, in_batches
 from nnterp.multipliers import times
 from nnterp.norms import rounding
 

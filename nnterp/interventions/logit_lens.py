@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from nnsight_core.errors import RemoteError
-from nnsight_core.input_errors import EmptyPromptError, InputError
+from nnsight_core.input_errors import InputError
 from nnterp.errors import PositionError, TopCountError
+from nnterp.interventions.batching import as_prompts, in_batches
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -90,8 +90,8 @@ def logit_lens(
     >>> model.token_text(probs[0, -1].argmax())
     ' Paris'
 
-    Many prompts go through the model in batches, with a progress bar on stderr. No gradients are kept.
-    :func:`logit_lens_topk` needs far less memory for many prompts, or long ones.
+    Many prompts go through the model in batches, with a progress bar on stderr if that takes a while. No gradients are
+    kept. :func:`logit_lens_topk` needs far less memory for many prompts, or long ones.
 
     Args:
         nn_model: the model.
@@ -109,6 +109,7 @@ def logit_lens(
 
     Raises:
         RemoteError: ``remote`` is set.
+        UsageError: there is no prompt.
         InputError: a prompt has no token, or more than the model has positions.
     """
     if remote:
@@ -154,6 +155,7 @@ def logit_lens_topk(
 
     Raises:
         TopCountError: ``k`` is out of range.
+        UsageError: there is no prompt.
         InputError: a prompt has no token, or more than the model has positions.
     """
     probs, ids = _of_prompts(nn_model, prompts, _top(nn_model, k), all_positions)
@@ -233,17 +235,15 @@ def _of_prompts(
     all_positions: bool,
 ) -> Kept:
     """What is kept, of all prompts: (prompt, layer, ...), or (prompt, layer, position, ...)."""
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise EmptyPromptError(0, 0)
-    starts = range(0, len(given), BATCH_SIZE)
-    found = []
-    for start in tqdm(starts, desc="logit lens", unit="batch", disable=len(starts) == 1):
+    found: list[Kept] = []
+    parts = in_batches(as_prompts(prompts), BATCH_SIZE, "logit lens")
+    for part in parts:
         try:
-            found.append(_of_batch(model, given[start : start + BATCH_SIZE], keep, all_positions))
+            found.append(_of_batch(model, part, keep, all_positions))
         except InputError as error:
-            if len(starts) == 1:
+            if len(parts) == 1:
                 raise
+            start = len(found) * BATCH_SIZE
             raise InputError(f"Of the prompts from number {start} on, counting them from there: {error}") from error
     return tuple(_flush_right(each) for each in zip(*found, strict=True))
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from nnsight_core.errors import RemoteError
 from nnterp.errors import PositionError, UsageError
+from nnterp.interventions.batching import as_prompts, in_batches
 from nnterp.interventions.target_prompts import (
     TargetPrompt,
     TargetPromptBatch,
@@ -68,7 +68,7 @@ def patchscope_lens(
 
     For each layer, the hidden state after it at the last token of each source prompt takes the place of the target
     prompt's, after the same layer or after one of ``target_layers``. Layers and prompts are rows of a batch, with a
-    progress bar on stderr if there are several batches. No gradients are kept.
+    progress bar on stderr if that takes a while. No gradients are kept.
 
     Args:
         nn_model: the model.
@@ -99,7 +99,7 @@ def patchscope_lens(
     into = _layers(nn_model, layers if target_layers is None else target_layers)
     patches = _patches(values, into, repeat_prompt() if target_patch_prompts is None else target_patch_prompts)
     found = []
-    for batch in _batches(patches, batch_size, "patchscope"):
+    for batch in in_batches(patches, batch_size, "patchscope"):
         with torch.no_grad(), nn_model.trace([each.target.prompt for each in batch]):
             _put(nn_model, batch)
             found.append(_next_probs(nn_model))
@@ -156,7 +156,7 @@ def patchscope_generate(
     sources = values.shape[1]
     patches = _patches(values, wanted, target_patch_prompt)
     rows: list[torch.Tensor] = []
-    for batch in _batches(patches, max_batch_size, "patchscope"):
+    for batch in in_batches(patches, max_batch_size, "patchscope"):
         with torch.no_grad(), nn_model.generate([each.target.prompt for each in batch], **options):
             _put(nn_model, batch)
             written = nn_model.generator.output.save()
@@ -208,7 +208,7 @@ def patch_object_attn_lens(
     """
     if num_patches < 1:
         raise UsageError(f"num_patches={num_patches} leaves no layer to put anything in: give 1 or more.")
-    sources, targets = ([each] if isinstance(each, str) else list(each) for each in (source_prompts, target_prompts))
+    sources, targets = as_prompts(source_prompts, "source"), as_prompts(target_prompts, "target")
     if len(sources) not in (1, len(targets)):
         raise TargetPromptError(
             f"There are {len(sources)} source and {len(targets)} target prompts: give as many, or a single source."
@@ -216,7 +216,7 @@ def patch_object_attn_lens(
     layers, values = _attention_inputs(nn_model, sources, len(targets), batch_size)
     rows = [(start, number) for start in range(nn_model.num_layers) for number in range(len(targets))]
     found = []
-    for batch in _batches(rows, batch_size, "attention lens"):
+    for batch in in_batches(rows, batch_size, "attention lens"):
         batch_targets = [TargetPrompt(targets[number], attn_idx_patch) for _, number in batch]
         with torch.no_grad(), nn_model.trace([each.prompt for each in batch_targets]):
             columns = _columns(nn_model, batch_targets)
@@ -248,7 +248,7 @@ def _sources(
     if (prompts is None) == (latents is None):
         raise TargetPromptError("Give source_prompts or latents, and not both: they are two ways to say what is put.")
     if prompts is not None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = as_prompts(prompts, "source")
         read = sorted(set(layers))
         found = collect_token_activations_batched(model, texts, batch_size, read, partial(_by_token, "layers_output"))
         return found[[read.index(layer) for layer in layers]]
@@ -305,13 +305,6 @@ def _patches(
         for layer, row in zip(into, values, strict=True)
         for latent, target in zip(row, targets, strict=True)
     ]
-
-
-def _batches(rows: list[Any], size: int, name: str) -> Any:
-    if size < 1:
-        raise UsageError(f"A batch of {size} rows is none: give 1 or more.")
-    starts = range(0, len(rows), size)
-    return (rows[start : start + size] for start in tqdm(starts, desc=name, unit="batch", disable=len(starts) <= 1))
 
 
 def _put(model: StandardizedTransformer, patches: Sequence[_Patch]) -> None:

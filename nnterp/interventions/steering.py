@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm as progress
 
 from nnterp.errors import SteeringVectorError, UsageError
+from nnterp.interventions.batching import as_prompts, progress
 from nnterp.nnsight_utils import collect_token_activations_batched
 
 if TYPE_CHECKING:
@@ -107,11 +108,12 @@ class SteeringVector:
         """
         if method not in METHODS:
             raise UsageError(f"There is no method {method!r} of finding a steering vector: give one of {METHODS}.")
-        lists = {"positive": _listed("positive", positive), "negative": _listed("negative", negative)}
-        if method == "principal" and len(lists["positive"]) != len(lists["negative"]):
+        lists = {"positive": as_prompts(positive, "positive"), "negative": as_prompts(negative, "negative")}
+        ours, others = map(len, lists.values())
+        if method == "principal" and ours != others:
             raise UsageError(
-                f"There are {len(positive)} positive and {len(negative)} negative prompts, and the method 'principal' "
-                "takes them as pairs: give as many of the one as of the other, or method='mean'."
+                f"There are {ours} positive and {others} negative prompts, and the method 'principal' takes them as "
+                "pairs: give as many of the one as of the other, or method='mean'."
             )
         wanted = range(model.num_layers) if layers is None else layers
         chosen = tuple(sorted({model.layers_output.position(layer) for layer in wanted}))
@@ -119,7 +121,7 @@ class SteeringVector:
             raise UsageError("layers=[] leaves no layer to find a direction for.")
         found = {
             name: collect_token_activations_batched(
-                model, prompts, batch_size, chosen, idx=token, tqdm=_bar(name, len(prompts) > batch_size)
+                model, prompts, batch_size, chosen, idx=token, tqdm=partial(progress, title=f"{name} prompts")
             ).float()
             for name, prompts in lists.items()
         }
@@ -184,9 +186,9 @@ class SteeringVector:
             SteeringVectorError: the vector is of a model of another width.
             UsageError: there is no prompt.
         """
-        given = _listed("projected", prompts)
+        given = as_prompts(prompts)
         hidden = collect_token_activations_batched(
-            model, given, batch_size, self.layers, idx=token, tqdm=_bar("projection", len(given) > batch_size)
+            model, given, batch_size, self.layers, idx=token, tqdm=partial(progress, title="projection")
         ).float()
         if hidden.shape[-1] != self.directions.shape[-1]:
             raise SteeringVectorError(self.directions[0], (hidden.shape[-1],))
@@ -223,17 +225,6 @@ class SteeringVector:
             return self.layers
         # In forward order, whatever the order given: a layer that has run cannot be steered any more.
         return sorted({layers} if isinstance(layers, int) else set(layers))
-
-
-def _listed(name: str, prompts: Sequence[str]) -> list[str]:
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise UsageError(f"There are no {name} prompts: give at least one.")
-    return given
-
-
-def _bar(name: str, is_long: bool) -> Any:
-    return (lambda batches: progress(batches, desc=f"{name} prompts", unit="batch")) if is_long else None
 
 
 def _principal(differences: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from nnterp.errors import UsageError
+from nnterp.interventions.batching import in_batches
 from nnterp.interventions.metrics import Metric, measured
 from nnterp.interventions.sites import Site, axes_of, sites_of
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["as_prompts", "base_metric", "batches", "filled", "in_batches", "sweep", "SweepResult"]
-
-Row = TypeVar("Row")
+__all__ = ["base_metric", "batches", "filled", "sweep", "SweepResult"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,34 +89,6 @@ def batches(sites: Sequence[Site], prompts: int, batch_size: int, title: str) ->
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: give 1 or more.")
     return in_batches(sites, max(1, batch_size // prompts), title)
-
-
-def as_prompts(prompts: Sequence[str] | str) -> list[str]:
-    """One prompt or several, as a list.
-
-    Raises:
-        UsageError: there is none.
-    """
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise UsageError("0 prompts were given: give at least one prompt.")
-    return given
-
-
-def in_batches(rows: Sequence[Row], size: int, title: str, unit: str = "batch") -> Sequence[Sequence[Row]]:
-    """The rows, ``size`` at a time, with a progress bar where that is more than a moment.
-
-    >>> [list(batch) for batch in in_batches("abc", 2, "letters")]
-    [['a', 'b'], ['c']]
-
-    Raises:
-        UsageError: the size is below 1.
-    """
-    if size < 1:
-        raise UsageError(f"A batch of {size} is none: give 1 or more.")
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    bar: Sequence[Sequence[Row]] = tqdm(parts, desc=title, unit=unit, disable=len(parts) <= 1, delay=1, leave=False)
-    return bar
 
 
 def base_metric(model: StandardizedTransformer, ids: torch.Tensor, metric: Metric) -> torch.Tensor:

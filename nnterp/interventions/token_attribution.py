@@ -18,8 +18,8 @@ import numpy
 import torch
 
 from nnterp.errors import UsageError
+from nnterp.interventions.batching import as_prompts, in_batches
 from nnterp.interventions.metrics import Metric, measured
-from nnterp.interventions.sweep import as_prompts, in_batches
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer

@@ -33,6 +33,7 @@ ORDER = (
     "nnterp/interventions/activation_patching.py",
     "nnterp/interventions/attribution_units.py",
     "nnterp/interventions/sweep.py",
+    "nnterp/interventions/batching.py",
     "nnterp/interventions/target_prompts.py",
     "nnterp/interventions/sites.py",
     "nnterp/interventions/metrics.py",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnterp.errors import PromptPairError, UsageError
-from nnterp.interventions import ablation, sweep
+from nnterp.interventions import ablation
 from tests.matrix.models import Case
 from tests.nnterp import patching_oracle as oracle
 from tests.nnterp.test_activation_patching import entropy, pair
@@ -54,14 +54,7 @@ def test_the_mean_counts_every_token_once_whatever_the_lengths() -> None:
     assert torch.allclose(result["mlps_output"][0], expected, atol=1e-5)
 
 
-def test_the_mean_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[tuple[str, str, int]] = []
-
-    def bar(parts: list[object], *, desc: str, unit: str, disable: bool, delay: float, leave: bool) -> list[object]:
-        bars.append((desc, unit, 0 if disable else len(parts)))
-        return parts
-
-    monkeypatch.setattr(sweep, "tqdm", bar)
+def test_the_mean_shows_how_far_it_is(bars: list[tuple[str, str, int]]) -> None:
     case = Case("llama")
     ablation(case.model, pair(1, 6)[0], entropy, "mlps_output", "mean", [[5, 6, 7], [8], [9, 10]], [1])
     assert bars == [("mean of mlps_output", "prompt", 3), ("mlps_output", "batch", 0)]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from nnsight_core.errors import RemoteError
 from nnsight_core.input_errors import EmptyPromptError, InputError, PromptTooLongError
 from nnterp import StandardizedTransformer
-from nnterp.errors import PositionError, TopCountError
+from nnterp.errors import PositionError, TopCountError, UsageError
 from nnterp.interventions import lens_tokens, logit_lens, logit_lens_topk
 from nnterp.interventions.logit_lens import BATCH_SIZE
 from tests.families import tiny_model
@@ -139,14 +139,14 @@ def test_results_are_float32_on_the_cpu_and_hold_no_gradients() -> None:
     torch.testing.assert_close(probs.sum(-1), torch.ones(3, model.num_layers))
 
 
-def test_many_prompts_are_read_in_batches(gpt2: StandardizedTransformer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_prompts_are_read_in_batches(gpt2: StandardizedTransformer, bars: list[tuple[str, str, int]]) -> None:
     prompts = [f"number {index}" for index in range(BATCH_SIZE + 3)]
     probs, inverse = logit_lens(gpt2, prompts, return_inv_logits=True)
     assert probs.shape == inverse.shape == (len(prompts), gpt2.num_layers, gpt2.vocab_size)
-    assert "logit lens: 100%" in capsys.readouterr().err
+    assert bars == [("logit lens", "batch", 2)]
     torch.testing.assert_close(probs[-1], logit_lens(gpt2, prompts[-1])[0], rtol=1e-4, atol=1e-6)
     logit_lens(gpt2, prompts[:BATCH_SIZE])
-    assert capsys.readouterr().err == ""
+    assert bars[1:] == [("logit lens", "batch", 0)] * 2
 
 
 def test_texts_of_tokens(gpt2: StandardizedTransformer) -> None:
@@ -165,7 +165,9 @@ def _texts_of(model: StandardizedTransformer, ids: list[int]) -> tuple[str, ...]
 def test_mistakes(gpt2: StandardizedTransformer) -> None:
     with pytest.raises(RemoteError, match="Leave remote out"):
         logit_lens(gpt2, "text", remote=True)
-    for nothing in ([], "", ["a", ""]):
+    with pytest.raises(UsageError, match="0 prompts were given"):
+        logit_lens(gpt2, [])
+    for nothing in ("", ["a", ""]):
         with pytest.raises(EmptyPromptError):
             logit_lens(gpt2, nothing)
     with pytest.raises(PromptTooLongError, match="129 tokens"):

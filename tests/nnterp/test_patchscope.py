@@ -183,12 +183,12 @@ def test_layers_are_those_that_were_asked_for(llama: Opened) -> None:
     assert list(written) == [2, 0] and all(torch.equal(written[layer], every[layer]) for layer in written)
 
 
-def test_one_target_for_all_and_many_batches(llama: Opened, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_target_for_all_and_many_batches(llama: Opened, bars: list[tuple[str, str, int]]) -> None:
     apart = [patchscope_lens(llama.model, source, TARGETS[0])[0] for source in SOURCES]
-    assert capsys.readouterr().err == ""
+    assert bars == [("patchscope", "batch", 0)] * len(SOURCES)
     for target in (TARGETS[0], [TARGETS[0]] * 2, TargetPromptBatch.from_target_prompt(TARGETS[0], 2)):
         close(patchscope_lens(llama.model, SOURCES, target, batch_size=2), torch.stack(apart))
-    assert "patchscope: 100%" in capsys.readouterr().err
+    assert bars[len(SOURCES) :] == [("patchscope", "batch", -(-len(SOURCES) * llama.model.num_layers // 2))] * 3
     close(patchscope_lens(llama.model, SOURCES), patchscope_lens(llama.model, SOURCES, repeat_prompt()))
 
 
@@ -231,7 +231,7 @@ def test_mistakes(llama: Opened) -> None:
         patchscope_lens(model, "a", layers=3)
     with pytest.raises(UsageError, match="leaves no layer"):
         patchscope_lens(model, "a", layers=[])
-    with pytest.raises(UsageError, match="A batch of 0 rows"):
+    with pytest.raises(UsageError, match="A batch of 0 is none"):
         patchscope_lens(model, latents=latents, batch_size=0)
     with pytest.raises(TargetPromptError, match="2 source and 1 target prompts"):
         patch_object_attn_lens(model, SOURCES, "a", 0)

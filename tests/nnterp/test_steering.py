@@ -210,9 +210,15 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         SteeringVector.load(tmp_path / "nothing here")
 
 
+def test_a_bar_shows_which_prompts_are_read(gpt2: Pair, bars: list[tuple[str, str, int]]) -> None:
+    vector = SteeringVector.train(gpt2.model, ["a", "b", "c"], ["d"], batch_size=2)
+    vector.project(gpt2.model, "e")
+    assert bars == [("positive prompts", "batch", 2), ("negative prompts", "batch", 0), ("projection", "batch", 0)]
+
+
 def test_mistakes_are_named_at_once(gpt2: Pair) -> None:
     model = gpt2.model
-    with pytest.raises(UsageError, match="no negative prompts"):
+    with pytest.raises(UsageError, match="0 negative prompts"):
         SteeringVector.train(model, ["a"], [])
     with pytest.raises(UsageError, match="as pairs"):
         SteeringVector.train(model, ["a"], ["b", "c"], method="principal")
