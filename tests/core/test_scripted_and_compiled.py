@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -117,4 +120,57 @@ def test_inside_a_compiled_module(kind: str) -> None:
     else:
         (inside if kind == "in place inside" else net).compile(backend="eager")
     check_inside(net, inside, path)
+    torch._dynamo.reset()
+
+
+def doubling(graph: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """A compiler whose code gives twice what it should, so that one sees whether it has run."""
+    return lambda *args: tuple(2 * each for each in graph(*args))
+
+
+class Inside(nn.Module):
+    """Is compiled."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a compiler would make one operation of."""
+        return hidden.sin() + 1
+
+
+class Partly(nn.Module):
+    """Calls something that is compiled between operations of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        inside: Any = Inside()
+        if kind == "in place":
+            inside.compile(backend=doubling)
+        else:
+            inside = torch.compile(inside.forward if kind == "function" else inside, backend=doubling)
+        self.__dict__["inside"] = inside
+        if isinstance(inside, nn.Module):
+            self.child = inside
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Operations around the compiled part."""
+        return (self.inside(hidden.relu()) - 1).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["function", "wrapper", "in place"])
+def test_a_compiled_part_runs_compiled_where_operations_around_it_are_read(kind: str) -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), Partly(kind), nn.Linear(3, 3))
+    model = NNsight(net)
+    with torch.no_grad():
+        plain = net(X)
+        part = net[1]
+        assert isinstance(part, Partly)
+        with model.trace(X):
+            names = [each.name for each in model[1].source]
+            before, after = model[1].source.relu_0.output.save(), model[1].source.sub_0.output.save()
+            output = model.output.save()
+        # The compiled code may call torch in its turn, and what it does so is the module's that calls it.
+        assert names == ["relu_0", *["mul_0"] * (kind == "function"), "sub_0", "softmax_0"]
+        assert torch.equal(after.value, part.inside(before.value) - 1)
+        assert torch.equal(output.value, plain)
+        assert torch.equal(net(X), plain)
     torch._dynamo.reset()
