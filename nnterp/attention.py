@@ -20,6 +20,7 @@ from nnterp.errors import CannotError, UsageError
 from nnterp.repeated_heads import RepeatedHeads
 
 if TYPE_CHECKING:
+    from nnsight_core.source import Operation
     from nnterp.rename_plan import PartPlan, RenamePlan
     from nnterp.spec import ArchitectureSpec
 
@@ -190,8 +191,7 @@ class AttentionAccess(HeadAccess):
         place = self.place(layer)
         name, value = operation_of(place.kind), place.kind.rpartition(".")[2]
         operation = self._root.get(place.path).source[name]
-        where = f"{operation.file}:{operation.line}   {operation.text}".rstrip()
-        return f"{place.label}: {value} of {name} in {place.path}\n  {where}"
+        return told(place.label, value, operation, place.path)
 
     def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
         """Write to the terminal what :meth:`source_of` says.
@@ -201,6 +201,12 @@ class AttentionAccess(HeadAccess):
             allow_dispatch: accepted for scripts that set it; no weights are needed.
         """
         sys.stdout.write(f"{self.source_of(layer)}\n")
+
+
+def told(label: str, value: str, operation: Operation, path: str) -> str:
+    """From which operation of the module at ``path`` a value is taken, and the file and line that call it."""
+    where = f"{operation.file}:{operation.line}   {operation.text}".rstrip()
+    return f"{label}: {value} of {operation.name} in {path}\n  {where}"
 
 
 class Heads:

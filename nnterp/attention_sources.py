@@ -16,7 +16,7 @@ import torch
 from nnsight_core.envoy import Envoy
 from nnsight_core.source import Operation
 from nnterp.accessors import Place, ValueAccess, read, write
-from nnterp.attention import AttentionAccess, open_place
+from nnterp.attention import AttentionAccess, open_place, told
 from nnterp.attention_places import Attention
 from nnterp.errors import RenamingError, UsageError
 
@@ -214,11 +214,12 @@ class AttentionProbabilitiesAccessor(AttentionAccess):
             ClosedAttentionError: its attention cannot be opened.
         """
         operation = self._operation(layer)
-        if not isinstance(operation, Operation):
+        if operation is None or isinstance(operation, ProbabilitySource):
             return super().source_of(layer)
-        label = f"{self.name}[{self.position(layer)}]"
-        where = f"{operation.file}:{operation.line}   {operation.text}".rstrip()
-        return f"{label}: output of {operation.name} in {self._module(layer).path}\n  {where}"
+        label, path = f"{self.name}[{self.position(layer)}]", self._module(layer).path
+        if isinstance(operation, Operation):
+            return told(label, "output", operation, path)
+        return f"{label}: output of {operation!r}, which attn_prob_source gives for {path}"
 
 
 def _itself(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +137,21 @@ def test_the_users_source_wins() -> None:
     with edited.trace(tiny_inputs()):
         turned = edited.attention_probabilities[2].save()
     assert not torch.allclose(turned.value, wanted[2])
+
+
+def test_a_source_of_ones_own_is_told_with_its_line(demo_gpt2: StandardizedTransformer) -> None:
+    found = demo_gpt2.attention_probabilities.source_of(1)
+    own = of_own(demo_gpt2, lambda module: module.source.scaled_dot_product_attention_0).source_of(-5)
+    # The operation is the same one, and so is its line in transformers' own file; what is read of it is not.
+    assert own == found.replace("probabilities of", "output of", 1)
+    head, line = own.splitlines()
+    path = demo_gpt2.attentions[1].path
+    assert head == f"attention_probabilities[1]: output of scaled_dot_product_attention_0 in {path}"
+    file, number, text = re.fullmatch(r"  (.*):(\d+)   (.*)", line).groups()  # type: ignore[union-attr]
+    assert Path(file).read_text(encoding="utf-8").splitlines()[int(number) - 1].strip() == text
+    assert of_own(demo_gpt2, default_attention_prob_source).source_of(1) == found
+    # What is no operation has no line, and nothing is said of another one.
+    assert "Frozen object" in of_own(demo_gpt2, Frozen).source_of(1)
 
 
 def test_a_model_is_not_held_by_its_own() -> None:
