@@ -78,7 +78,7 @@ def _findings(model: torch.nn.Module, user: RenameConfig) -> Findings:
         dimensions=find_sizes(probe, layers, parts, keys),
         positions_follow=_positions_follow(probe, model),
         written_over=_written_over(probe, layers, parts),
-        absent=_absent(paths, description, unembedding),
+        absent=_absent(paths, description),
         cannot=_cannot(layers, description, unembedding, logits_fit),
     )
 
@@ -152,7 +152,7 @@ def _positions_follow(probe: Probe, model: torch.nn.Module) -> str | None:
     return None
 
 
-def _absent(paths: dict[str, str | None], layers: LayersDescription, unembedding: Unembedding) -> dict[str, str]:
+def _absent(paths: dict[str, str | None], layers: LayersDescription) -> dict[str, str]:
     """Why what was not found was not found."""
     reasons = {
         "embed_tokens": "No module takes the token ids and gives vectors for them.",

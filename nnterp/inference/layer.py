@@ -195,7 +195,7 @@ def _with_norms(flow: Flow, parts: list[PartFinding], layout: str) -> list[PartF
         streams = [stream] if layout == "sequential" else [start, stream]
         reader = _reader(flow, part, streams) if part.kind != "also_added" else None
         part = dataclasses.replace(part, norm=reader if reader not in (before, after) else None)
-        found.append(_with_holder(flow, _with_inner_norm(flow, part, streams), streams))
+        found.append(_with_holder(flow, _with_inner_norm(flow, part, streams)))
         if part.added is not None:
             added = part.added.factor * part.added.call.made.reshape(stream.shape)  # type: ignore[union-attr]
             stream = part.added.stream_factor * stream + added
@@ -229,7 +229,7 @@ def _with_inner_norm(flow: Flow, part: PartFinding, streams: list[torch.Tensor])
     return part if reads is None else dataclasses.replace(part, norm=first, input=reads)
 
 
-def _with_holder(flow: Flow, part: PartFinding, streams: list[torch.Tensor]) -> PartFinding:
+def _with_holder(flow: Flow, part: PartFinding) -> PartFinding:
     """The part with the module that holds it, its norm and nothing else but what adds it to the stream."""
     module = part.module
     if module is None or module.parent is None or module.parent is flow.layer or part.norm is None:

@@ -26,8 +26,6 @@ class LayerList:
 
     path: str
     calls: tuple[Call, ...]
-    #: How often each layer was called.
-    rounds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _as_layers(probe: Probe, path: str, calls: list[Call], is_said: bool) -> Lay
     handed = sum(alike(one.made, other.given) for one, other in itertools.pairwise(first))
     if handed * 2 < ran - 1 and not is_said:
         return "its members do not take what the one before gave"
-    return LayerList(path, tuple(first), len(calls) // ran)
+    return LayerList(path, tuple(first))
 
 
 def _keeps_shape(call: Call) -> bool:
