@@ -6,34 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from nnsight_core import EmptyPromptError, LanguageModel, ModelNotFoundError, PromptTooLongError
 from nnsight_core.input_errors import InputError
 from nnterp.demo_models import demo_model_path
 from tests.families import tiny_model
+from tests.small_tokenizers import word_tokenizer
 
 FAMILIES = ["gpt2", "llama", "opt", "gemma2"]
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
 TEXTS = [" ".join(f"w{token}" for token in row) for row in IDS]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{number}": number for number in range(3, 320)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    fast = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel(tiny_model(request.param), tokenizer=tokenizer())
+    return LanguageModel(tiny_model(request.param), tokenizer=word_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> LanguageModel:
-    return LanguageModel(tiny_model("gpt2"), tokenizer=tokenizer())
+    return LanguageModel(tiny_model("gpt2"), tokenizer=word_tokenizer())
 
 
 def layer(model: LanguageModel, number: int) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,23 +40,10 @@ class _Changing(TorchFunctionMode):
         return given
 
 
-@contextlib.contextmanager
-def _inside(module: torch.nn.Module, names: tuple[str, ...], change: Callable[[Any], Any]) -> Iterator[_Changing]:
-    """While it lasts, the first such function inside the module's call gives something else."""
-    mode = _Changing(names, change)
-    before = module.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
-    after = module.register_forward_hook(lambda *_: mode.__exit__(None, None, None))
-    try:
-        yield mode
-    finally:
-        before.remove()
-        after.remove()
-
-
 def router_logits(case: Case) -> None:
     """The router's logits: read, written back, and set, so that the router chooses by them."""
     for index, router in _layers(case):
-        with _inside(router, ("linear",), lambda given: given) as plain:
+        with hooks.inside(router, _Changing(("linear",), lambda given: given)) as plain:
             hooks.logits(case.module, case.ids)
         # The map that makes the logits is the last one: what stands before it, if anything, is the router's own.
         kept: list[Any] = []
@@ -80,7 +66,7 @@ def router_logits(case: Case) -> None:
             place = (last, "output")
             truth = hooks.changed_logits(case.module, place, lambda each: each.flip(-1) * 1.5, case.ids)
         else:
-            with _inside(router, ("linear",), lambda given: given.flip(-1) * 1.5):
+            with hooks.inside(router, _Changing(("linear",), lambda given: given.flip(-1) * 1.5)):
                 truth = hooks.logits(case.module, case.ids)
         assert width > 1 and torch.equal(logits, truth), f"router_logits[{index}], set"
         assert not torch.equal(truth, case.logits)
@@ -112,7 +98,7 @@ def _truth(case: Case, index: int, name: str, change: Callable[[Any], Any]) -> t
             kept.append((given if entry is None else given[entry]).clone())
             return change(given) if entry is None else (given[0], change(given[1]))
 
-        with _inside(router, (operation.rpartition("_")[0],), changed):
+        with hooks.inside(router, _Changing((operation.rpartition("_")[0],), changed)):
             logits = hooks.logits(case.module, case.ids)
         return kept[0], logits
 

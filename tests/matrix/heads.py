@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,18 +76,6 @@ class _WeakerHead(TorchFunctionMode):
         return given
 
 
-@contextmanager
-def _weaker(module: torch.nn.Module, head: int, heads: int) -> Iterator[_WeakerHead]:
-    mode = _WeakerHead(head, heads)
-    before = module.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
-    after = module.register_forward_hook(lambda *_: mode.__exit__(None, None, None))
-    try:
-        yield mode
-    finally:
-        before.remove()
-        after.remove()
-
-
 def _whose(case: Case, index: int, path: str, given: torch.Tensor) -> None:
     """What enters the projection as the share of a head is what this head made."""
     heads = case.model.num_heads
@@ -97,7 +84,7 @@ def _whose(case: Case, index: int, path: str, given: torch.Tensor) -> None:
         # Of several attentions in one layer, the one that is meant.
         module = case.module.get_submodule((case.place("attentions", index, "input") or ("", ""))[0])
     for head in range(heads):
-        with _weaker(module, head, heads) as mode:
+        with hooks.inside(module, _WeakerHead(head, heads)) as mode:
             seen = hooks.read(case.module, [(path, "input")], case.ids)[path, "input"]
         assert mode.met, f"nothing in layer {index} has a head of its own"
         changed = (seen - given).abs().unflatten(-1, (heads, -1)).flatten(0, -3).amax((0, 2)) > 1e-7

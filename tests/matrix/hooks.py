@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.oracle import get as get_at
 from tests.oracle import put, tensor_paths
@@ -19,6 +20,8 @@ from tests.oracle import put, tensor_paths
 Place = tuple[str, str]
 #: From the first tensor at a place to another one.
 Change = Callable[[torch.Tensor], torch.Tensor]
+
+Mode = TypeVar("Mode", bound=TorchFunctionMode)
 
 
 @contextmanager
@@ -55,6 +58,18 @@ def hooked(model: torch.nn.Module, place: Place, see: Callable[[Any], Any], alwa
     finally:
         handle.remove()
         runs.remove()
+
+
+@contextmanager
+def inside(module: torch.nn.Module, mode: Mode) -> Iterator[Mode]:
+    """While it lasts, torch functions go through ``mode`` as long as the module's call runs."""
+    before = module.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
+    after = module.register_forward_hook(lambda *_: mode.__exit__(None, None, None))
+    try:
+        yield mode
+    finally:
+        before.remove()
+        after.remove()
 
 
 def first(value: Any) -> torch.Tensor:

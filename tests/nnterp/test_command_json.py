@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ import pytest
 from nnterp.commands.terminal import write_json
 from nnterp.spec import parse_spec
 from tests.families import tiny_model
-from tests.nnterp.test_command_line import ROOT, save_tokenizer
+from tests.nnterp.test_command_line import ROOT
+from tests.small_tokenizers import byte_tokenizer
 
 # One interpreter for all commands: starting one takes seconds.
 _RUN = """
@@ -31,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The JSON of every command, by its name, from a terminal that knows ASCII alone."""
     folder = str(tmp_path_factory.mktemp("models") / "modèle")
     tiny_model("gpt2").save_pretrained(folder)
-    save_tokenizer(Path(folder))
+    byte_tokenizer().save_pretrained(folder)
     commands = [
         ["lens", "é"],
         ["patch", "é one", "é two", "--answers", "a", "b"],

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from nnterp import StandardizedTransformer, naming
@@ -24,24 +22,16 @@ from nnterp.command_line import main
 from nnterp.commands import lens
 from nnterp.interventions import lens_tokens
 from tests.families import tiny_model
+from tests.small_tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer for which every byte is a token."""
-    vocab = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model("gpt2").save_pretrained(folder)
-    save_tokenizer(folder)
+    byte_tokenizer().save_pretrained(folder)
     return str(folder)
 
 

@@ -6,35 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from nnsight_core import LanguageModel
 from nnsight_core.input_errors import InputError
 from nnterp import StandardizedTransformer
 from tests.families import tiny_model
+from tests.small_tokenizers import word_tokenizer
 
 FAMILIES = ["gpt2", "llama", "opt", "gemma2", "gpt_neox", "phi"]
 LONG, SHORT = [5, 6, 7, 8, 9, 10], [11, 12, 13]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{number}": number for number in range(3, 320)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    fast = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> StandardizedTransformer:
     module = tiny_model(request.param)
     # Gemma 2 gives no numbers in double precision where a batch is padded.
-    return StandardizedTransformer(module if request.param == "gemma2" else module.double(), tokenizer=tokenizer())
+    return StandardizedTransformer(module if request.param == "gemma2" else module.double(), tokenizer=word_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def llama() -> StandardizedTransformer:
-    return StandardizedTransformer(tiny_model("llama").double(), tokenizer=tokenizer())
+    return StandardizedTransformer(tiny_model("llama").double(), tokenizer=word_tokenizer())
 
 
 def close(one: Any, other: Any, name: str = "") -> None:

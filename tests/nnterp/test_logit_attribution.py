@@ -12,7 +12,7 @@ from nnterp.interventions.logit_attribution import WAYS
 from tests.families import tiny_model
 from tests.matrix.models import MODEL_TYPES
 from tests.matrix.models import tiny_model as matrix_model
-from tests.nnterp.test_logit_lens import byte_tokenizer
+from tests.small_tokenizers import byte_tokenizer
 
 PROMPTS = ["some text", "short", "and one more text"]
 #: Sequential, parallel, sandwich norms, biases, multipliers, no attention in some layers, capped logits.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nnsight_core.errors import RemoteError
@@ -17,6 +17,7 @@ from nnterp.errors import PositionError, TopCountError, UsageError
 from nnterp.interventions import lens_tokens, logit_lens, logit_lens_topk
 from nnterp.interventions.logit_lens import BATCH_SIZE
 from tests.families import tiny_model
+from tests.small_tokenizers import byte_tokenizer
 
 #: The module, whose name in its package is that of the function.
 MODULE = sys.modules["nnterp.interventions.logit_lens"]
@@ -38,15 +39,6 @@ FAMILIES = {
     "opt": Names("model.decoder.layers", "model.decoder.final_layer_norm"),
     "phi": Names("model.layers", "model.final_layernorm"),
 }
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, as in byte-level tokenizers that have learned nothing."""
-    vocab = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,7 +24,7 @@ from nnterp.interventions import (
 from nnterp.nnsight_utils import get_token_activations
 from tests.matrix import hooks
 from tests.matrix.models import Case
-from tests.nnterp.test_logit_lens import byte_tokenizer
+from tests.small_tokenizers import byte_tokenizer
 
 #: A place in the plain model, a token's index in its own prompt, and what is put there.
 Change = tuple[hooks.Place, int, torch.Tensor]

@@ -15,7 +15,7 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import LayerIndexError, PositionError, SteeringVectorError, UsageError
 from nnterp.interventions import SteeringVector
 from tests.families import tiny_model
-from tests.nnterp.test_logit_lens import byte_tokenizer
+from tests.small_tokenizers import byte_tokenizer
 
 LAYERS = {
     "gpt2": "transformer.h",

@@ -15,7 +15,7 @@ from nnterp.interventions import (
     it_repeat_prompt,
     repeat_prompt,
 )
-from tests.nnterp.test_logit_lens import byte_tokenizer
+from tests.small_tokenizers import byte_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}"

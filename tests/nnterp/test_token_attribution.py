@@ -12,7 +12,7 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import UsageError
 from nnterp.interventions import gradient_x_input, integrated_gradients
 from tests.families import tiny_model
-from tests.nnterp.test_logit_lens import byte_tokenizer
+from tests.small_tokenizers import byte_tokenizer
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "opt", "falcon_h1")
 PROMPTS = ["some text", "short", "and one more text"]
