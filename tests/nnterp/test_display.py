@@ -59,7 +59,7 @@ def test_files(demo_gpt2: StandardizedTransformer, tmp_path: Path, monkeypatch: 
     plot_topk_tokens(probs, demo_gpt2, file=page, save_html=False)
     assert "cdn" not in page.read_text(encoding="utf-8")[:300] and page.stat().st_size > 10**6
     monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: None)
-    for name, fact in (("own.png", "kaleido, which is not installed"), ("own", "its name has no ending")):
+    for name, fact in (("own.png", "kaleido is not installed"), ("own", "its name has no ending")):
         # Before the numbers are looked at.
         with pytest.raises(FigureFileError, match=fact):
             plot_topk_tokens("no numbers", demo_gpt2, file=str(tmp_path / name))  # type: ignore[arg-type]
@@ -67,6 +67,7 @@ def test_files(demo_gpt2: StandardizedTransformer, tmp_path: Path, monkeypatch: 
 
     saved: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: name)
+    monkeypatch.setattr(Figure, "to_image", lambda *_, **__: b"")
     monkeypatch.setattr(Figure, "write_image", lambda self, path, **how: saved.append((path.name, how)))
     plot_topk_tokens(probs, demo_gpt2, file=tmp_path / "a.png")
     plot_topk_tokens(probs, demo_gpt2, file=tmp_path / "b.png", save_html=False)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plotly.graph_objects import Figure
 
 from nnterp import StandardizedTransformer
 from nnterp.errors import UsageError
 from nnterp.interventions import LensResult, lens_tokens, logit_lens
-from nnterp.pictures import FigureFileError, check_figure_file, plot_lens, plot_target_probs, save_figure
+from nnterp.pictures import plot_lens, plot_target_probs
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -117,50 +114,6 @@ def test_targets_of_one_prompt() -> None:
 def test_mistakes(probs: dict[str, torch.Tensor], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plot_target_probs(probs, **options)
-
-
-def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
-    page = save_figure(Figure(), tmp_path / "figure.html")
-    text = page.read_text(encoding="utf-8")
-    assert "plotly.js v" in text and re.search(r"<script[^>]+src=", text) is None
-
-
-def test_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: None)
-    with pytest.raises(FigureFileError, match="kaleido, which is not installed"):
-        check_figure_file(tmp_path / "figure.png")
-    monkeypatch.undo()
-    written = []
-    monkeypatch.setattr("nnterp.pictures.saving.find_spec", lambda name: object())
-    monkeypatch.setattr(Figure, "write_image", lambda figure, file, scale: written.append((file, scale)))
-    assert save_figure(Figure(), str(tmp_path / "figure.PNG")) == tmp_path / "figure.PNG"
-    assert written == [(tmp_path / "figure.PNG", 2)]
-
-    def without_chrome(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Kaleido requires Google Chrome")
-
-    monkeypatch.setattr(Figure, "write_image", without_chrome)
-    with pytest.raises(FigureFileError, match="requires Google Chrome"):
-        save_figure(Figure(), tmp_path / "figure.svg")
-
-
-def test_files_that_cannot_be(tmp_path: Path) -> None:
-    for name, fact in (("none/x.html", "there is no folder"), ("", "that is a folder"), ("x", "has no ending")):
-        with pytest.raises(FigureFileError, match=fact):
-            save_figure(Figure(), tmp_path / name)
-
-
-def test_a_file_that_one_may_not_write_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = tmp_path / "kept.html"
-    kept.write_text("kept", encoding="utf-8")
-    closed = {kept}
-    monkeypatch.setattr("nnterp.pictures.saving.os.access", lambda path, mode: path not in closed)
-    with pytest.raises(FigureFileError, match="you may not write there"):
-        check_figure_file(kept)
-    assert check_figure_file(tmp_path / "new.html") == tmp_path / "new.html"
-    closed.add(tmp_path)
-    with pytest.raises(FigureFileError, match="you may not write there"):
-        check_figure_file(tmp_path / "new.html")
 
 
 def test_without_plotly(model: StandardizedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
