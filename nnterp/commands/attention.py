@@ -12,6 +12,7 @@ from nnterp.commands.terminal import (
     count,
     encoding,
     model_name,
+    prompt_text,
     write,
     write_json,
 )
@@ -43,7 +44,7 @@ def add_attention(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="a text")
+    parser.add_argument("prompt", metavar="PROMPT", type=prompt_text, help="a text")
     parser.add_argument(
         "--layer",
         metavar="N",

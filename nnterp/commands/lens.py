@@ -6,7 +6,7 @@ import argparse
 import shutil
 from html import escape
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nnterp.commands.terminal import (
     DEFAULT_MODEL,
@@ -15,6 +15,7 @@ from nnterp.commands.terminal import (
     count,
     encoding,
     model_name,
+    prompt_text,
     write,
     write_json,
 )
@@ -52,7 +53,9 @@ def add_lens(commands: Any) -> None:
         epilog=LENS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", type=_prompt, help="a text for the model to go on with")
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="+", type=prompt_text, help="a text for the model to go on with"
+    )
     parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each layer (default: 5)")
     add_output(
         parser,
@@ -134,11 +137,3 @@ def _numbered(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(reason)
-
-
-def _prompt(text: str) -> str:
-    return text if text else _refuse("the prompt is empty: give at least one character of text")

@@ -6,7 +6,18 @@ import argparse
 import math
 from typing import Any
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, encoding, model_name, write, write_json
+from nnterp.commands.terminal import (
+    DEFAULT_MODEL,
+    add_model,
+    add_output,
+    count,
+    encoding,
+    model_name,
+    plain_text,
+    prompt_text,
+    write,
+    write_json,
+)
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.metrics import logit_difference
@@ -39,10 +50,15 @@ def add_patch(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("clean", metavar="CLEAN", help="the prompt whose values are put in")
-    parser.add_argument("corrupted", metavar="CORRUPTED", help="the prompt that is run")
+    parser.add_argument("clean", metavar="CLEAN", type=prompt_text, help="the prompt whose values are put in")
+    parser.add_argument("corrupted", metavar="CORRUPTED", type=prompt_text, help="the prompt that is run")
     parser.add_argument(
-        "--answers", metavar="TOKEN", nargs=2, required=True, help="the token for the clean prompt, and the other one"
+        "--answers",
+        metavar="TOKEN",
+        type=plain_text,
+        nargs=2,
+        required=True,
+        help="the token for the clean prompt, and the other one",
     )
     parser.add_argument(
         "--sites",
@@ -53,7 +69,7 @@ def add_patch(commands: Any) -> None:
         help=f"of {', '.join((*STREAMS, *HEADS))} (default: {' '.join(DEFAULT_SITES)})",
     )
     parser.add_argument(
-        "--estimate", metavar="STEPS", type=int, help="estimate all patches from so many gradients instead"
+        "--estimate", metavar="STEPS", type=count, help="estimate all patches from so many gradients instead"
     )
     add_output(parser, "instead of tables", "the maps")
     add_model(parser)

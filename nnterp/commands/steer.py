@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 
-from nnterp.commands.terminal import DEFAULT_MODEL, add_model, add_output, model_name, write, write_json
-from nnterp.interventions.steering import METHODS, SteeringVector
+from nnterp.commands.terminal import (
+    DEFAULT_MODEL,
+    add_model,
+    add_output,
+    count,
+    finite,
+    model_name,
+    prompt_text,
+    write,
+    write_json,
+)
+from nnterp.interventions.steering import METHODS, SteeringVector, check_vector_file
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["add_steer"]
@@ -34,17 +44,21 @@ def add_steer(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="a text for the model to go on with")
-    parser.add_argument("--toward", metavar="PROMPT", nargs="+", default=[], help="prompts with what is wanted")
-    parser.add_argument("--away", metavar="PROMPT", nargs="+", default=[], help="prompts without it")
+    parser.add_argument("prompt", metavar="PROMPT", type=prompt_text, help="a text for the model to go on with")
+    parser.add_argument(
+        "--toward", metavar="PROMPT", type=prompt_text, nargs="+", default=[], help="prompts with what is wanted"
+    )
+    parser.add_argument("--away", metavar="PROMPT", type=prompt_text, nargs="+", default=[], help="prompts without it")
     parser.add_argument("--load", metavar="FILE", help="a steering vector that was saved, instead of prompts")
     parser.add_argument("--save", metavar="FILE", help="where to keep the steering vector (safetensors)")
     parser.add_argument(
         "--layers", metavar="I", nargs="+", type=int, help="after which layers (default: the middle one)"
     )
-    parser.add_argument("--factor", metavar="X", type=float, default=1.0, help="how much of the direction (default: 1)")
+    parser.add_argument(
+        "--factor", metavar="X", type=finite, default=1.0, help="how much of the direction (default: 1)"
+    )
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"default: {METHODS[0]}")
-    parser.add_argument("--tokens", metavar="N", type=int, default=12, help="how many tokens to write (default: 12)")
+    parser.add_argument("--tokens", metavar="N", type=count, default=12, help="how many tokens to write (default: 12)")
     add_output(parser, "instead of text")
     add_model(parser)
     parser.set_defaults(run=_steer, error=parser.error)
@@ -52,11 +66,12 @@ def add_steer(commands: Any) -> None:
 
 def _steer(arguments: argparse.Namespace) -> None:
     if bool(arguments.load) == bool(arguments.toward and arguments.away):
-        arguments.error("give prompts after --toward and --away, or a saved vector with --load")
-    if arguments.tokens < 1:
-        arguments.error(f"--tokens {arguments.tokens} writes nothing: give 1 or more")
+        arguments.error("give prompts after --toward and --away, or a saved vector with --load, and not both")
+    if arguments.save:
+        check_vector_file(arguments.save)
+    loaded = SteeringVector.load(arguments.load) if arguments.load else None
     model = StandardizedTransformer(arguments.model)
-    vector = _vector(arguments, model)
+    vector = loaded or _trained(arguments, model)
     layers = arguments.layers if arguments.load else None
     plain = _written(model, arguments.prompt, arguments.tokens)
     steered = _written(model, arguments.prompt, arguments.tokens, vector, arguments.factor, layers)
@@ -70,9 +85,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     write(f"plain     {arguments.prompt}|{plain}\nsteered   {arguments.prompt}|{steered}\n")
 
 
-def _vector(arguments: argparse.Namespace, model: StandardizedTransformer) -> SteeringVector:
-    if arguments.load:
-        return SteeringVector.load(arguments.load)
+def _trained(arguments: argparse.Namespace, model: StandardizedTransformer) -> SteeringVector:
     layers = arguments.layers or [model.num_layers // 2]
     return SteeringVector.train(model, arguments.toward, arguments.away, layers, arguments.method)
 

@@ -16,7 +16,10 @@ __all__ = [
     "count",
     "DEFAULT_MODEL",
     "encoding",
+    "finite",
     "model_name",
+    "plain_text",
+    "prompt_text",
     "write",
     "write_json",
 ]
@@ -70,6 +73,33 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too few: give 1 or more")
     return number
+
+
+def finite(text: str) -> float:
+    """A number, for an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one such as 2 or -0.5")
+    return number
+
+
+def plain_text(given: str) -> str:
+    """A text, for an argument: without the bytes that the terminal's encoding has no characters for."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no text in the encoding of this terminal") from None
+    return given
+
+
+def prompt_text(given: str) -> str:
+    """A text that is not empty, for an argument."""
+    if not given:
+        raise argparse.ArgumentTypeError("the prompt is empty: give at least one character of text")
+    return plain_text(given)
 
 
 def model_name(model: str) -> str:

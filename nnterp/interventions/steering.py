@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nnterp.errors import SteeringVectorError, UsageError
+from nnterp.files import why_not_writable
 from nnterp.interventions.batching import as_prompts, progress
 from nnterp.nnsight_utils import collect_token_activations_batched
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["METHODS", "SteeringVector"]
+__all__ = ["check_vector_file", "METHODS", "SteeringVector"]
 
 METHODS = ("mean", "principal")
 
@@ -199,7 +200,12 @@ class SteeringVector:
         return replace(self, directions=torch.nn.functional.normalize(self.directions, dim=-1))
 
     def save(self, path: str | Path) -> None:
-        """Write the vector to a safetensors file."""
+        """Write the vector to a safetensors file.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        check_vector_file(path)
         about = {"format": _FORMAT, "layers": ",".join(map(str, self.layers)), "method": self.method}
         save_file({"directions": self.directions.contiguous()}, str(path), metadata=about)
 
@@ -213,18 +219,32 @@ class SteeringVector:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file '{path}' to load a steering vector from.")
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != _FORMAT:
-                raise UsageError(f"'{path}' is a safetensors file, but no steering vector that save() wrote.")
-            layers = tuple(int(layer) for layer in about["layers"].split(","))
-            return cls(file.get_tensor("directions"), layers, about["method"])
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != _FORMAT:
+                    raise UsageError(f"'{path}' is a safetensors file, but no steering vector that save() wrote.")
+                layers = tuple(int(layer) for layer in about["layers"].split(","))
+                return cls(file.get_tensor("directions"), layers, about["method"])
+        except SafetensorError as error:
+            raise UsageError(f"'{path}' is no safetensors file, as save() writes one: {error}") from error
 
     def _chosen(self, layers: Sequence[int] | int | None) -> Sequence[int]:
         if layers is None:
             return self.layers
         # In forward order, whatever the order given: a layer that has run cannot be steered any more.
         return sorted({layers} if isinstance(layers, int) else set(layers))
+
+
+def check_vector_file(path: str | Path) -> None:
+    """Say before the work, and not after it, that a steering vector could not be written there.
+
+    Raises:
+        UsageError: there is no such folder, or one may not write there.
+    """
+    reason = why_not_writable(Path(path))
+    if reason is not None:
+        raise UsageError(f"The steering vector cannot be written to '{path}': {reason}. Give another file.")
 
 
 def _principal(differences: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnterp.errors import UsageError
+from nnterp.files import why_not_writable
 from nnterp.pictures.drawing import check_plotly
 
 if TYPE_CHECKING:
@@ -92,12 +92,9 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 def _check_name(path: str | Path) -> Path:
     check_plotly()
     file = Path(path)
-    if file.is_dir():
-        raise FigureFileError(file, "that is a folder")
-    if not file.parent.is_dir():
-        raise FigureFileError(file, f"there is no folder '{file.parent}'")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise FigureFileError(file, "you may not write there")
+    reason = why_not_writable(file)
+    if reason is not None:
+        raise FigureFileError(file, reason)
     suffix = file.suffix.lower()
     if suffix not in (*PAGES, *IMAGES):
         raise FigureFileError(file, f"its name ends in '{file.suffix}'" if suffix else "its name has no ending")

@@ -91,6 +91,7 @@ ORDER = (
     "nnterp/conditions.py",
     "nnterp/spec_reader.py",
     "nnterp/errors.py",
+    "nnterp/files.py",
     "nnterp/frozen.py",
     "nnterp/demo_models/train.py",
     "nnterp/demo_models/card.py",

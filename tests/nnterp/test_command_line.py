@@ -141,6 +141,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ((), "required: PROMPT"),
         (("",), "the prompt is empty: give at least one character"),
         (("text", ""), "the prompt is empty"),
+        (("a \udce9",), "'a \\udce9' is no text in the encoding of this terminal"),
         (("text", "--top", "0"), "--top: 0 is too few: give 1 or more"),
         (("text", "--top", "-3"), "-3 is too few"),
         (("text", "--top", "many"), "'many' is no whole number: give 1 or more"),

@@ -54,11 +54,18 @@ def test_for_machines_with_a_vector_that_was_saved(tmp_path: Path, capsys: pytes
     [
         ([], "--toward and --away"),
         (["--toward", "a"], "--toward and --away"),
-        ([*CONTRAST, "--tokens", "0"], "writes nothing"),
+        ([*CONTRAST, "--tokens", "0"], "0 is too few"),
         ([*CONTRAST, "--layers", "9"], "LayerIndexError"),
-        (["--load", "nowhere.safetensors"], "There is no file"),
+        ([*CONTRAST, "--factor", "nan"], "'nan' is no number"),
+        ([*CONTRAST, "--load", "nowhere.safetensors"], "and not both"),
+        (["--toward", "\udcff", "--away", "a"], "is no text in the encoding"),
+        # Before the model is loaded, which there is none.
+        (["--load", "nowhere.safetensors", "--model", "nowhere"], "There is no file"),
+        (["--load", __file__, "--model", "nowhere"], "is no safetensors file"),
+        ([*CONTRAST, "--save", "/nowhere/x.safetensors", "--model", "nowhere"], "there is no folder '/nowhere'"),
     ],
 )
 def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["steer", FRANCE, *words]) == 2
-    assert said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err

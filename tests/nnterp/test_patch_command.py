@@ -52,12 +52,13 @@ def test_the_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (("patch", CLEAN, CORRUPTED), "required: --answers"),
+        (("patch", "", CORRUPTED, *ASKED[3:]), "CLEAN: the prompt is empty"),
         (("patch", CLEAN, "John and", "--answers", " Mary", " John"), "13 tokens, the corrupted one 2"),
         (("patch", CLEAN, CORRUPTED, "--answers", " Mary and", " John"), "' Mary and' is not one token"),
         ((*ASKED, "--sites", "layer"), "invalid choice: 'layer'"),
         ((*ASKED, "--html", "/nowhere/maps.html"), "there is no folder '/nowhere'"),
         ((*ASKED[:-1], "no-such-model", "--html", "maps.doc"), "its name ends in '.doc'"),
-        ((*ASKED, "--estimate", "0"), "steps=0"),
+        ((*ASKED, "--estimate", "0"), "0 is too few"),
         (("patch", CLEAN, CLEAN, *ASKED[3:]), "nothing was lost"),
     ],
 )

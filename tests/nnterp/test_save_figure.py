@@ -107,7 +107,7 @@ def test_a_file_that_one_may_not_write_is_said_before_the_work(tmp_path: Path, m
     kept = tmp_path / "kept.html"
     kept.write_text("kept", encoding="utf-8")
     closed = {kept}
-    monkeypatch.setattr("nnterp.pictures.saving.os.access", lambda path, mode: path not in closed)
+    monkeypatch.setattr("os.access", lambda path, mode: path not in closed)
     with pytest.raises(FigureFileError, match="you may not write there"):
         check_figure_file(kept)
     assert check_figure_file(tmp_path / "new.html") == tmp_path / "new.html"

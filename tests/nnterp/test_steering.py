@@ -206,6 +206,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"directions": torch.ones(1, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match="no steering vector"):
         SteeringVector.load(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no tensors", encoding="utf-8")
+    with pytest.raises(UsageError, match="is no safetensors file"):
+        SteeringVector.load(tmp_path / "text")
+    with pytest.raises(UsageError, match=r"cannot be written to .*: there is no folder"):
+        SteeringVector(torch.ones(1, 2), (0,)).save(tmp_path / "none" / "vector.safetensors")
     with pytest.raises(FileNotFoundError, match="nothing here"):
         SteeringVector.load(tmp_path / "nothing here")
 
