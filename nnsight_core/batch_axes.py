@@ -19,7 +19,7 @@ from nnsight_core.dry_run import Place, run_dry
 from nnsight_core.fold_order import made_distinct, rows_follow
 from nnsight_core.operations import is_operation
 from nnsight_core.shapes import ShapesOnly
-from nnsight_core.values import entries_of
+from nnsight_core.values import tensors_in
 
 #: The axis of the batch and how many entries along it each row makes; None for what belongs to all rows alike.
 Axis = tuple[int, int] | None
@@ -29,6 +29,9 @@ _Found = dict[Place, list[list[tuple[int, ...]]]]
 
 #: Whether shapes in a model do not depend on its numbers, for those of which it was asked.
 _static: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
+#: By module of such models, what has been found out: by the rest of the place, its shape and the batch.
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Axis]] = weakref.WeakKeyDictionary()
 
 
 class Axes(Protocol):
@@ -43,10 +46,6 @@ class Axes(Protocol):
         """How many positions each row has; None where that is not known."""
 
     @property
-    def are_first(self) -> bool:
-        """Whether a first axis as long as the batch is the batch: not where a module may get some of the rows only."""
-
-    @property
     def of_inputs(self) -> Axes:
         """Who knows it of the inputs as they were given."""
 
@@ -57,14 +56,7 @@ class Axes(Protocol):
         """The axis of the batch in a tensor of this shape.
 
         Raises:
-            LookupError: it cannot be told.
-        """
-
-    def surely_of(self, place: Place, shape: tuple[int, ...]) -> Axis:
-        """The same, where each row's entries are known to stand side by side.
-
-        Raises:
-            LookupError: it cannot be told, or they do not.
+            LookupError: it cannot be told, or each row's entries do not stand side by side along it.
         """
 
 
@@ -102,15 +94,6 @@ class BatchAxes:
         self._found: dict[tuple[type[torch.nn.Module] | None, bool], _Found] = {}
 
     @property
-    def are_first(self) -> bool:
-        """Whether a first axis as long as the batch is the batch: not where a module may get some of the rows only."""
-        if self._found:
-            return False
-        if self._root not in _static:
-            _static[self._root] = _shapes(self._root, [self._call], True) is not None
-        return _static[self._root]
-
-    @property
     def of_inputs(self) -> Axes:
         """This object itself."""
         return self
@@ -123,13 +106,35 @@ class BatchAxes:
         """The axis of the batch in a tensor of this shape.
 
         Raises:
-            LookupError: it cannot be told.
+            LookupError: it cannot be told, or each row's entries do not stand side by side along it.
         """
         *others, last = standing(place)
         for other in others:
             with suppress(LookupError):
-                return self._standing_axis(other, shape)
-        return self._standing_axis(last, shape)
+                return self._kept_axis(other, shape)
+        return self._kept_axis(last, shape)
+
+    def _kept_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        """The axis, which is the same in every such call of a model whose shapes do not depend on its numbers."""
+        if self.positions is not None or not self._is_static():
+            return self._sure_axis(place, shape)
+        known, key = _known.setdefault(place[0], {}), (place[1:], shape, self._sizes, self._form())
+        if key not in known:
+            known[key] = self._sure_axis(place, shape)
+        return known[key]
+
+    def _is_static(self) -> bool:
+        if self._root not in _static:
+            _static[self._root] = _shapes(self._root, [self._call], True) is not None
+        return _static[self._root]
+
+    def _form(self) -> Any:
+        """What the call is like, whatever its numbers."""
+        return (
+            weakref.ref(self._root),
+            self._root.training,
+            tuple((path, each.shape) for path, each in tensors_in(self._call)),
+        )
 
     def _standing_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
         try:
@@ -141,28 +146,23 @@ class BatchAxes:
                 raise
         return self._axis(place, shape, padded)
 
-    def surely_of(self, place: Place, shape: tuple[int, ...]) -> Axis:
-        """The same, where each row's entries are known to stand side by side.
-
-        Raises:
-            LookupError: it cannot be told, or they do not.
-        """
-        *others, last = standing(place)
-        for other in others:
-            with suppress(LookupError):
-                return self._sure_axis(other, shape)
-        return self._sure_axis(last, shape)
-
     def _sure_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
+        each = self.spread * (self.positions or 0)
+        # As experts and routers have it. The numbers, which are compared once for all such calls, say whether it is so.
+        may_be = len(shape) == 2 and each > self.spread and shape[0] == sum(self._sizes) * each != shape[1]
+        if may_be and not is_operation(place[1]) and self._follow(place, shape, (0, each)):
+            return 0, each
         axis = self._standing_axis(place, shape)
-        if axis is None or axis[1] == self.spread:
-            return axis
-        if not _is_there(self._root):
-            raise LookupError
-        calls = self._calls(made_distinct(self._root, all_padded(self._call) or self._call))
-        if not rows_follow(self._root, calls, self._sizes, place, shape, axis):
+        if axis is not None and axis[1] != self.spread and not self._follow(place, shape, axis):
             raise LookupError
         return axis
+
+    def _follow(self, place: Place, shape: tuple[int, ...], axis: tuple[int, int]) -> bool:
+        """Whether each row's entries stand side by side along the axis."""
+        if not _is_there(self._root):
+            return False
+        calls = self._calls(made_distinct(self._root, all_padded(self._call) or self._call))
+        return rows_follow(self._root, calls, self._sizes, place, shape, axis)
 
     def _axis(self, place: Place, shape: tuple[int, ...], call: Any) -> Axis:
         # Layers of one kind are mostly asked about together, and are looked into together.
@@ -257,8 +257,8 @@ def _shapes(
             seen: dict[Place, list[tuple[int, ...]]] = {}
 
             def note(module: torch.nn.Module, kind: str, value: Any, seen: Any = seen) -> None:
-                for path, shape in shapes_in(value):
-                    seen.setdefault((module, kind, path), []).append(shape)
+                for path, tensor in tensors_in(value):
+                    seen.setdefault((module, kind, path), []).append(tuple(tensor.shape))
 
             run_dry(root, call, note, ShapesOnly.here() if fake else None, inside)
             runs.append(seen)
@@ -271,14 +271,3 @@ def _rows(start: int, size: int, total: int, without_lists: bool) -> Callable[[t
     # In a generation a tensor with one axis counts positions.
     least = 2 if without_lists else 1
     return lambda each: each[start : start + size] if each.ndim >= least and len(each) == total else each
-
-
-def shapes_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], tuple[int, ...]]]:
-    """Where tensors stand in ``value``, and their shapes.
-
-    >>> shapes_in({"a": (torch.zeros(2), None)})
-    [(('a', 0), (2,))]
-    """
-    if isinstance(value, torch.Tensor):
-        return [(path, tuple(value.shape))]
-    return [found for key, entry in entries_of(value) for found in shapes_in(entry, (*path, key))]

@@ -19,9 +19,9 @@ from nnsight_core.values import entries_of, is_dataclass_value, like_tuple, shar
 class Rows:
     """``size`` rows from ``start`` on, of a batch of ``total``.
 
-    A tensor whose first axis is the batch is cut along it, and so is one whose first axis is (batch * position), as
-    mixture-of-experts layers have it. Where a shape may mean several things, ``axes`` knows. What has no axis of the
-    batch belongs to all rows alike.
+    A tensor whose first axis is the batch is cut along it, and so is one in which the batch is folded with another
+    axis, as mixture-of-experts layers have it with positions. Where a shape may mean several things, ``axes`` knows.
+    What has no axis of the batch belongs to all rows alike.
 
     >>> Rows(1, 2, 3).take(torch.tensor([10, 20, 30]))
     tensor([20, 30])
@@ -65,20 +65,16 @@ class Rows:
         spread, positions = self.axes.spread, self.axes.positions
         total = self.total * spread
         if positions is None:
-            if not self.axes.are_first:
-                return "unclear"
-            if shape[0] == total and total not in shape[1:]:
-                return 0, spread
-            return "unclear" if not shape[0] % total or total in shape[1:] else None
-        # Distances of positions, or heads, may come first, and be as many as there are inputs.
-        may_be_others = len(shape) > 2 and (total in (positions, *shape[1:]) or set(shape[1:]) <= {1, positions})
-        if shape[0] == total and not may_be_others and (len(shape) == 1 or positions in shape[1:]):
+            return "unclear" if any(not length % total for length in shape) else None
+        rest, folds = shape[1:], (total, total * positions)
+        # Positions, heads or what is folded may be as many as there are inputs.
+        if total == positions or any(length in folds for length in rest):
+            return "unclear"
+        if shape[0] == total and positions in rest and (len(shape) == 2 or not set(rest) <= {1, positions}):
             return 0, spread
-        if len(shape) == 2 and shape[0] == total * positions:
-            return 0, positions * spread
         # Positions, masks and distances that all inputs share.
-        shared = (set(shape) <= {1, positions} and not may_be_others) or (shape[0] == 1 and len(shape) > 2)
-        return None if shared else "unclear"
+        is_table = set(shape) <= {1, positions} or (shape[0] == 1 and len(shape) > 2)
+        return None if is_table and all(each in (1, positions) or each % total for each in shape[:-1]) else "unclear"
 
     def of_first_axis(self, length: int) -> slice:
         """These rows along an axis that is known to be the batch, or (batch * sample), ``length`` long.
@@ -161,7 +157,7 @@ class StrictRows(Rows):
         if is_parameter or set(shape) <= {1}:
             return None
         try:
-            axis = self._by_shape(shape) if self.axes is None or place is None else self.axes.surely_of(place, shape)
+            axis = self._by_shape(shape) if self.axes is None or place is None else self.axes.of(place, shape)
         except LookupError:
             if len(shape) == 1 and shape[0] % self.total:
                 return None

@@ -75,11 +75,6 @@ class RunAxes:
         """How many positions each row has in this run."""
         return None if self._now is None else self._now.positions
 
-    @property
-    def are_first(self) -> bool:
-        """Not for sure."""
-        return False
-
     def serve(self, module: torch.nn.Module) -> bool:
         """Whether ``module`` is part of the model, and not of what is made of its results."""
         if self._modules is None:
@@ -90,25 +85,14 @@ class RunAxes:
         """The axis of the batch in a tensor of this shape, in this run.
 
         Raises:
-            LookupError: it cannot be told.
+            LookupError: it cannot be told, or each row's entries do not stand side by side.
         """
-        return self._known(place, shape, False)
-
-    def surely_of(self, place: Place, shape: tuple[int, ...]) -> Axis:
-        """The same, where each row's entries are known to stand side by side.
-
-        Raises:
-            LookupError: it cannot be told, or they do not.
-        """
-        return self._known(place, shape, True)
-
-    def _known(self, place: Place, shape: tuple[int, ...], surely: bool) -> Axis:
         if self._now is None:
             raise LookupError
         told = self._told.setdefault(place, [])
-        now = _Told(self._run, (self._now.spread, self._now.positions), shape, surely)
+        now = _Told(self._run, (self._now.spread, self._now.positions), shape)
         if not now.goes_on_from(told):
-            now.axis = self._now.surely_of(place, shape) if surely else self._now.of(place, shape)
+            now.axis = self._now.of(place, shape)
             # Two that follow one another let the next be told without a run.
             self._told[place] = [*(each for each in told if each.run == self._run - 1), now][-2:]
         return now.axis
@@ -119,15 +103,14 @@ class _Told:
 
     axis: Axis = None
 
-    def __init__(self, run: int, batch: Any, shape: tuple[int, ...], surely: bool) -> None:
+    def __init__(self, run: int, batch: Any, shape: tuple[int, ...]) -> None:
         self.run = run
         self.batch = batch
         self.shape = shape
-        self.surely = surely
 
     def goes_on_from(self, told: list[_Told]) -> bool:
         """Whether the shape is what two runs that follow one another lead to: nothing but the cache has grown."""
-        if len(told) != 2 or any((each.batch, each.surely) != (self.batch, self.surely) for each in told):
+        if len(told) != 2 or any(each.batch != self.batch for each in told):
             return False
         before, last = told
         if before.axis != last.axis or not len(before.shape) == len(last.shape) == len(self.shape):

@@ -131,13 +131,14 @@ def _visits(draw: st.DrawFn, order: list[tuple[oracle.Place, list[oracle.Path]]]
     visits: list[Visit] = []
     # In a batch the calls inside a skipped one are made, for the others; alone they are not, and are not counted.
     made, until = list(range(len(order))), -1
+    # Alone, a skipped attention keeps nothing for later steps; in a batch it does, for the others.
+    keeping = {path for (path, kind), _ in order if kind == "softmax"}
     for index in sorted(draw(st.sets(st.sampled_from(range(len(order))), max_size=4))):
         place, paths = order[index]
         if index <= until:
             continue
         kinds = KINDS
-        if place[1] == "input" and place[0].count(".") == 1 and paths == [(0, 0)]:
-            # A part that keeps nothing for later steps.
+        if place[1] == "input" and place[0].count(".") == 1 and place[0] not in keeping:
             kinds = (*KINDS, "skip", "skip")
         kind, path = draw(st.sampled_from(kinds)), draw(st.sampled_from(paths))
         call = [i for i in made if order[i][0] == place].index(index)
