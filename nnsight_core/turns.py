@@ -27,19 +27,22 @@ class Turns:
     """The turns of one pass.
 
     Args:
-        forward: the coroutine in which the model runs; whoever made it owns it.
+        forward: the call of the model, and its coroutine; whoever made it owns it.
     """
 
     #: What ended the model's side, to be raised on the body's.
     _failure: BaseException | None = None
 
     def __init__(self, forward: ForwardPass) -> None:
-        #: Gives the coroutine in which the model runs, as long as its owner has it.
-        self.coroutine = weakref.ref(forward)
+        coroutine = forward.coroutine
+        assert coroutine is not None
+        self._forward = weakref.ref(forward)
+        #: Gives the coroutine in which the model runs, as long as the pass has it.
+        self.coroutine = weakref.ref(coroutine)
         self._body = getcurrent()
         self._thread = threading.get_ident()
         self._model_state = self._body_state = thread_state.snapshot()
-        forward.gr_context = contextvars.copy_context()
+        coroutine.gr_context = contextvars.copy_context()
         self._plain_calls = PlainCalls()
 
     # The model's side.
@@ -90,8 +93,8 @@ class Turns:
     @property
     def has_begun(self) -> bool:
         """Whether the model has had a turn, or cannot have one any more."""
-        forward = self.coroutine()
-        return forward is None or forward.dead or bool(forward)
+        forward = self._forward()
+        return forward is None or forward.has_begun
 
     @property
     def body_records_gradients(self) -> bool:
@@ -100,16 +103,16 @@ class Turns:
 
     def run_here(self) -> bool:
         """Run the model where the body stands; False if it has begun, or if torch's state there is not the model's."""
-        forward = self.coroutine()
-        if forward is None or self.has_begun or thread_state.snapshot() != self._model_state:
+        forward = self._forward()
+        if forward is None or forward.has_begun or thread_state.snapshot() != self._model_state:
             return False
         forward.run()
         return True
 
     def unwind(self) -> None:
         """Let the forward pass leave every block that it is in."""
-        forward = self.coroutine()
-        if forward is not None and not forward.dead and bool(forward):
+        forward = self._forward()
+        if forward is not None and forward.is_under_way:
             self.check_thread()
             self.give_turn(Unwind())
 
@@ -117,26 +120,28 @@ class Turns:
         """There are no more turns."""
         self._plain_calls.off()
         self._model_state = self._body_state
+        forward = self._forward()
+        if forward is not None and not forward.is_under_way and self.is_in_its_thread:
+            forward.park()
 
     def give_turn(self, error: BaseException | None = None) -> bool:
         """Let the model run until it hands over or ends; False if it had ended before."""
-        forward = self.coroutine()
-        if forward is None or forward.dead:
+        forward = self._forward()
+        if forward is None or forward.has_ended:
             return False
         self._body = body = getcurrent()
-        forward.parent = body
+        coroutine = forward.coroutine
+        assert coroutine is not None
+        coroutine.parent = body
         self._plain_calls.off()
         self._body_state = now = thread_state.snapshot()
         guard = None
         if now != self._model_state:
             guard = thread_state.enter(self._model_state, now)
         try:
-            if error is None:
-                forward.switch()
-            else:
-                forward.throw(error)
+            forward.resume(error)
         finally:
-            ended = forward.dead
+            ended = forward.has_ended
             if guard is not None or ended:
                 thread_state.leave(guard, now)
             if not ended:
@@ -166,8 +171,8 @@ class Turns:
 
     def suspended_at(self) -> FrameType | None:
         """Where the forward pass stands while the body has its turn."""
-        forward = self.coroutine()
-        return None if forward is None else forward.gr_frame
+        coroutine = self.coroutine()
+        return None if coroutine is None else coroutine.gr_frame
 
     def put_under_model(self, mode: TorchFunctionMode) -> None:
         """Let ``mode`` be on when the model has its turn again, beneath the modes that are on already."""

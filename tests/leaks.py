@@ -19,6 +19,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from nnsight_core.forward_pass import is_idle
 from nnsight_core.hooks import HookBoard
 
 #: The modules that outlive a test, and so could carry something of it into the next.
@@ -120,7 +121,7 @@ class Watch:
     def _suspended(self) -> Iterator[str]:
         for one in self._greenlets:
             # The greenlet without a parent is the thread itself.
-            if one and one.parent is not None and one is not greenlet.getcurrent():
+            if one and one.parent is not None and one is not greenlet.getcurrent() and not is_idle(one):
                 yield f"a greenlet is still suspended: {one!r}"
 
 
