@@ -256,7 +256,7 @@ def _shapes(
         for call in calls:
             seen: dict[Place, list[tuple[int, ...]]] = {}
 
-            def note(module: torch.nn.Module, kind: str, value: Any, seen: Any = seen) -> None:
+            def note(module: torch.nn.Module, kind: str, value: Any, site: Any, seen: Any = seen) -> None:
                 for path, tensor in tensors_in(value):
                     seen.setdefault((module, kind, path), []).append(tuple(tensor.shape))
 

@@ -11,14 +11,15 @@ import torch
 from nnsight_core.hooks import observing
 from nnsight_core.operations import Memory, Tap
 from nnsight_core.shapes import ShapesOnly
+from nnsight_core.sites import Site
 from nnsight_core.twin import Twin
 
 #: Where a tensor stands: the module, "input", "output" or the same of an operation inside it, and the keys that lead
 #: to it.
 Place = tuple[torch.nn.Module, str, tuple[Any, ...]]
 
-#: Called with a module, what of it comes by, and the value.
-Note = Callable[[torch.nn.Module, str, Any], None]
+#: Called with a module, what of it comes by, the value, and, for an operation, what gives the line of its call.
+Note = Callable[[torch.nn.Module, str, Any, "Callable[[], Site] | None"], None]
 
 
 def run_dry(
@@ -26,7 +27,7 @@ def run_dry(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     note: Note,
     shapes: ShapesOnly | None,
-    inside: type[torch.nn.Module] | None = None,
+    inside: torch.nn.Module | type[torch.nn.Module] | None = None,
 ) -> None:
     """Run a copy of ``root``, and tell ``note`` what each of its modules takes and gives.
 
@@ -35,21 +36,20 @@ def run_dry(
         call: its arguments, of which copies are used.
         note: told of every value, with the model's own modules.
         shapes: makes fake tensors; None runs with numbers.
-        inside: the class of the modules whose operations ``note`` is told of, too.
+        inside: the module whose operations ``note`` is told of, too, or the class of such modules.
 
     Raises:
-        Exception: whatever the model raises.
+        Exception: whatever the model raises, or ``note`` does.
     """
-    # What a forward may write into is copied; parameters it does not.
-    twin = Twin(root, shapes, shares_parameters=True)
+    # It takes the blow: counters, batch statistics, whatever a forward writes down.
+    twin = Twin(root, shapes)
 
-    def told(module: torch.nn.Module, kind: str, value: Any) -> None:
-        note(twin.original(module), kind, value)
+    def told(module: torch.nn.Module, kind: str, value: Any, site: Callable[[], Site] | None = None) -> None:
+        note(twin.original(module), kind, value, site)
 
-    if inside is not None:
-        for module in twin.module.modules():
-            if type(module) is inside:
-                _tap(module, told)
+    for module in twin.module.modules():
+        if type(module) is inside or (inside is not None and twin.original(module) is inside):
+            _tap(module, told)
     args, kwargs = twin.own(call)
     devices = {each.device.index for each in root.parameters() if each.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), observing(twin.module.modules(), told), torch.no_grad():
@@ -64,8 +64,9 @@ def _tap(module: torch.nn.Module, note: Note) -> None:
     @functools.wraps(forward)
     def tapped(*args: Any, **kwargs: Any) -> Any:
         def visit(kind: str, value: Any, memory: Memory) -> None:
-            note(module, kind, value)
+            note(module, kind, value, tap.site)
 
-        return Tap(module, visit).run(forward, args, kwargs)
+        tap = Tap(module, visit)
+        return tap.run(forward, args, kwargs)
 
     module.__dict__["forward"] = tapped

@@ -17,9 +17,6 @@ from nnsight_core.operators import changes_in_place
 from nnsight_core.twin import Twin
 from nnsight_core.values import map_tensors
 
-#: Up to this many bytes the parameters of a model may be copied for a dry run.
-_SMALL = 2**30
-
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -147,8 +144,7 @@ class Watch:
     """
 
     def __init__(self, root: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> None:
-        size = sum(each.nbytes for each in (*root.parameters(), *root.buffers()))
-        self._twin = Twin(root, None, shares_parameters=size > _SMALL)
+        self._twin = Twin(root, None)
         self._seen: dict[torch.nn.Module, list[Flow]] = {}
         self._devices = {each.device.index for each in root.parameters() if each.device.type == "cuda"}
         self._twin.module.eval()

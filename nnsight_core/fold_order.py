@@ -109,7 +109,7 @@ def _entries(root: torch.nn.Module, call: Any, place: Place, axis: int, length: 
     module, kind, path = place
     found: dict[Place, list[_Entries]] = {}
 
-    def note(one: torch.nn.Module, its: str, value: Any) -> None:
+    def note(one: torch.nn.Module, its: str, value: Any, site: Any) -> None:
         if is_operation(kind) and its != kind:
             return
         for where, tensor in tensors_in(value):

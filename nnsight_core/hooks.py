@@ -338,13 +338,6 @@ class PlainCalls:
 
 
 @contextmanager
-def recording(modules: Iterable[torch.nn.Module], seen: list[tuple[torch.nn.Module, str]]) -> Iterator[None]:
-    """While it lasts, every call of ``modules`` is written down in ``seen``: (module, "input"), (module, "output")."""
-    with observing(modules, lambda module, kind, value: seen.append((module, kind))):
-        yield
-
-
-@contextmanager
 def collecting(
     modules: Iterable[torch.nn.Module],
     kept: dict[tuple[torch.nn.Module, str], Any],

@@ -81,7 +81,7 @@ def _numbers(module: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, **p
         positions = {**positions, "decoder_input_ids": ids[:, -1:]}
     outputs: list[Any] = []
 
-    def note(one: torch.nn.Module, kind: str, value: Any) -> None:
+    def note(one: torch.nn.Module, kind: str, value: Any, site: Any) -> None:
         if one is module and kind == "output":
             outputs.append(value)
 

@@ -18,6 +18,14 @@ from nnsight_core.shapes import ShapesOnly
 from nnsight_core.sites import user_site
 from nnsight_core.taps import Deliver, Taps
 
+#: Up to this many bytes the numbers of a model are copied, all of them.
+_SMALL = 2**28
+
+
+def is_small(root: torch.nn.Module) -> bool:
+    """Whether there is room for a copy of all numbers of ``root``."""
+    return sum(each.nbytes for each in (*root.parameters(), *root.buffers())) <= _SMALL
+
 
 class Twin:
     """A copy of a module, with fake tensors or with numbers of its own.
@@ -27,7 +35,6 @@ class Twin:
         shapes: makes the tensors of the copy; None copies the numbers.
         home: the device of weights that are not loaded.
         with_hooks: the copy has the hooks that the model's own library has put on the module.
-        shares_parameters: where the numbers are copied, those of parameters are shared.
 
     Raises:
         CopyError: the module holds something that cannot be copied.
@@ -39,10 +46,9 @@ class Twin:
         shapes: ShapesOnly | None,
         home: torch.device | None = None,
         with_hooks: bool = False,
-        shares_parameters: bool = False,
     ) -> None:
         self.shapes = shapes
-        known = _tensors(root, shapes, home, shares_parameters)
+        known = _tensors(root, shapes, home)
         for hook, resident in resident_hooks(root):
             known[id(hook)] = resident
         try:
@@ -120,10 +126,10 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _tensors(
-    root: torch.nn.Module, shapes: ShapesOnly | None, otherwise: torch.device | None, shares_parameters: bool
-) -> dict[int, Any]:
+def _tensors(root: torch.nn.Module, shapes: ShapesOnly | None, otherwise: torch.device | None) -> dict[int, Any]:
     """What takes the place of each tensor that a module of ``root`` holds directly, by its id."""
+    # A forward may write into its parameters, though hardly in a large model, for which there may be no room twice.
+    shares_parameters = shapes is None and not is_small(root)
 
     def own(tensor: torch.Tensor, home: torch.device | None) -> torch.Tensor:
         if shapes is not None:

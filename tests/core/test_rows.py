@@ -329,3 +329,28 @@ def test_an_argument_that_a_module_writes_into_stays_the_models_own(with_gradien
     half = x * 0.5 if sets else x
     close(mine, half.tanh() * 2 + x * 2)
     close(theirs, module(y))
+
+
+class Counts(nn.Module):
+    """Counts its calls in a parameter, and has its heads before the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.block = nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.data += 1
+        return self.block(x.unflatten(-1, (2, 2)).permute(2, 0, 1, 3)).permute(1, 2, 0, 3).flatten(2)
+
+
+@torch.no_grad()
+def test_dry_runs_leave_what_a_forward_writes_down_alone() -> None:
+    module = Counts()
+    model = NNsight(module)
+    with model.trace() as tracer:
+        for x in torch.randn(2, 3, 4).split(1):
+            with tracer.invoke(x):
+                mine = model.block.output.save()
+    assert mine.shape == (2, 1, 3, 2)
+    assert int(module.calls) == tracer.forward_passes == 1
