@@ -16,11 +16,14 @@ import torch
 from nnsight_core.arguments import is_same_value
 from nnsight_core.envoy import Envoy
 from nnsight_core.scope import Scope
-from nnsight_core.sites import Site, user_site
+from nnsight_core.sites import Site, hide_package, user_site
 from nnsight_core.token_index import positions_at
 from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.errors import LayerIndexError, MissingPartError, ShapeError
 from nnterp.spec import USUAL_AXES, ArchitectureSpec
+
+# Here and not in the package's face, which does without torch: no error comes of this package but through accessors.
+hide_package("nnterp")
 
 #: The axes of a value in the order in which accessors give them.
 STREAM_AXES = ("batch", "position", "stream", "hidden")

@@ -9,7 +9,8 @@
     nnterp check ./my-model                                                # does every promise hold on it?
 
 Exit status: 0 if all went well, 1 if `check` found a promise that does not hold, 2 if what was asked for cannot be
-done, 130 after Ctrl-C, 141 if nobody reads the output any more. A new command is a file in ``nnterp/commands``.
+done, 130 after Ctrl-C, 141 if nobody reads the output any more. A new command is a parser in ``commands/parsers.py``
+and a file in ``nnterp/commands`` that is loaded when it is asked for: torch alone takes seconds, and help takes none.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-from nnsight_core.errors import NNsightError
-from nnterp.commands import COMMANDS
+from nnterp.commands.parsers import COMMANDS
 from nnterp.errors import NnterpError
 
 __all__ = ["main"]
@@ -61,13 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
-        with _quiet():
-            status: int | None = arguments.run(arguments)
+        arguments.check(arguments)
+        return _carry_out(arguments)
     except SystemExit as end:
         # argparse has said what was wrong, or has shown the help.
         return end.code if isinstance(end.code, int) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
+    from nnsight_core.errors import NNsightError
+
+    try:
+        with _quiet():
+            status: int | None = import_module(f"nnterp.commands.{arguments.command}").run(arguments)
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except (NNsightError, NnterpError, OSError) as error:
@@ -82,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look inside a causal language model.",
         epilog="'nnterp COMMAND --help' explains a command and shows examples.",
     )
+    parser.set_defaults(check=lambda _: None)
     parser.add_argument("--version", action="version", version=f"nnterp {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in COMMANDS:
@@ -102,6 +111,8 @@ def _quiet() -> Iterator[None]:
 
     While a large model loads, a progress bar shows that something happens, to whoever sits at a terminal.
     """
+    from transformers.utils import logging as transformers_logging
+
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

@@ -6,13 +6,8 @@ import argparse
 from typing import Any
 
 from nnterp.commands.terminal import (
-    DEFAULT_MODEL,
-    add_model,
-    add_output,
-    count,
     encoding,
     model_name,
-    prompt_text,
     write,
     write_json,
 )
@@ -22,46 +17,11 @@ from nnterp.lens_table import cells, marks_legend, visible
 from nnterp.pictures import check_figure_file, plot_attention, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_attention"]
-
-EXAMPLES = f"""\
-examples:
-  nnterp attention "The Eiffel Tower is in the city of" --layer 2
-  nnterp attention "John and Mary went to the store. John handed the milk to" --layer 4 5 --html attention.html
-  nnterp attention "The Eiffel Tower is in the city of" --layer -1 --position 2 --top 3
-  nnterp attention PROMPT --layer 0 --json | jq '.layers[0].probabilities[3]'
-
-Without --model it reads {DEFAULT_MODEL}, a small model that comes with the package: nothing is downloaded."""
+__all__ = ["run"]
 
 
-def add_attention(commands: Any) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "attention",
-        help="what each head looks at in a prompt",
-        description="Attention: what does each head look at?\n"
-        "Shows, for one token of the prompt, the tokens that each head looks at most, with the probabilities.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("prompt", metavar="PROMPT", type=prompt_text, help="a text")
-    parser.add_argument(
-        "--layer",
-        metavar="N",
-        type=int,
-        nargs="+",
-        help="which layers; negative ones count from the last (default: all)",
-    )
-    parser.add_argument(
-        "--position", metavar="N", type=int, default=-1, help="the token that looks, counted from 0 (default: the last)"
-    )
-    parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each head (default: 5)")
-    add_output(parser, "with all probabilities instead of tables", "a map for each head")
-    add_model(parser)
-    parser.set_defaults(run=_attention)
-
-
-def _attention(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the command out."""
     if arguments.html is not None:
         check_figure_file(arguments.html)
     model = StandardizedTransformer(arguments.model)

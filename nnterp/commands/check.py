@@ -8,50 +8,21 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from nnsight_core.errors import NNsightError
 from nnsight_core.input_errors import ModelNotFoundError
-from nnterp.commands.terminal import add_output, add_remote_code, model_name, write, write_json
+from nnterp.commands.terminal import model_name, write, write_json
 from nnterp.contract import Verdict, run_contract
 from nnterp.errors import NnterpError
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_check"]
+__all__ = ["run"]
 
 NOT_KEPT = 1
 
-EXAMPLES = """\
-examples:
-  nnterp check demo-llama
-  nnterp check ./my-model                      a model that no file serves, by its structure
-  nnterp check ./my-model --spec my_model.yaml
-  nnterp check ./my-model --json               for scripts
 
-ok      what hooks on the plain model see is what the interface gives
-not     it is something else, and why
-cannot  the specification, or the model, says why the promise makes no sense here
-
-Exit status: 0 if no answer is `not`, else 1."""
-
-
-def add_check(commands: Any) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "check",
-        help="does every promise of the interface hold on a model?",
-        description="Open a model and compare what the interface reads and writes with plain PyTorch hooks.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="NAME_OR_PATH", help="a model's folder or its name on the Hugging Face hub")
-    parser.add_argument("--spec", metavar="FILE", help="a specification of one's own")
-    add_output(parser, "instead of a table")
-    add_remote_code(parser)
-    parser.set_defaults(run=_check)
-
-
-def _check(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out."""
     verdicts = []
     for verdict in _verdicts(arguments):
         verdicts.append(verdict)

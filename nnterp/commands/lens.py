@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnterp.commands.terminal import (
-    DEFAULT_MODEL,
-    add_model,
-    add_output,
-    count,
     encoding,
     model_name,
-    prompt_text,
     write,
     write_json,
 )
@@ -24,56 +19,16 @@ from nnterp.lens_table import cells, fit, lens_table, visible
 from nnterp.pictures import check_figure_file, plot_lens, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_lens"]
+__all__ = ["run"]
 
 #: How many tokens the box at a cell of the heat map shows, however few the table does.
 HEAT_MAP_TOP = 5
 #: How much of a long prompt stands in the title of its heat map: the end, which matters most.
 TITLE_LETTERS = 90
 
-LENS_EXAMPLES = f"""\
-examples:
-  nnterp lens "The Eiffel Tower is in the city of"
-  nnterp lens "The Eiffel Tower is in the city of" --html lens.html
-  nnterp lens "Two and two is" "Two and three is" --model gpt2 --top 3
-  nnterp lens "The Eiffel Tower is in the city of" --json | jq '.prompts[0].top_tokens[-1][-1]'
-  nnterp lens --model ./my-model -- "- a prompt that begins with a dash"
 
-Without --model it reads {DEFAULT_MODEL}, a small model that comes with the package:
-nothing is downloaded."""
-
-
-def add_lens(commands: Any) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "lens",
-        help="what the model would say next if it stopped after each layer",
-        description="The logit lens: what would the model say next if it stopped after this layer?\n"
-        "Shows the most probable next tokens after the prompt, one line for each layer.",
-        epilog=LENS_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "prompts", metavar="PROMPT", nargs="+", type=prompt_text, help="a text for the model to go on with"
-    )
-    parser.add_argument("--top", metavar="K", type=count, default=5, help="how many tokens for each layer (default: 5)")
-    add_output(
-        parser,
-        "instead of tables",
-        "all positions of each prompt as a heat map (for several prompts the files are numbered: lens-1.html, ...)",
-    )
-    parser.add_argument(
-        "--all-positions", action="store_true", help="with --json: after every token of a prompt, not the last alone"
-    )
-    add_model(parser)
-    parser.set_defaults(run=_lens, error=parser.error)
-
-
-def _lens(arguments: argparse.Namespace) -> None:
-    if arguments.all_positions and not arguments.json:
-        arguments.error(
-            "--all-positions is for --json: a table has the last position alone, and --html has all of them"
-        )
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the command out."""
     pages = _numbered(arguments.html, len(arguments.prompts)) if arguments.html else []
     for page in pages:
         # Said before the model is loaded, which may take minutes.

@@ -7,76 +7,23 @@ import math
 from typing import Any
 
 from nnterp.commands.terminal import (
-    DEFAULT_MODEL,
-    add_model,
-    add_output,
-    count,
     encoding,
     model_name,
-    plain_text,
-    prompt_text,
     write,
     write_json,
 )
-from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, activation_patching
+from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.metrics import logit_difference
-from nnterp.interventions.sites import HEADS, STREAMS
 from nnterp.lens_table import cells, visible
 from nnterp.pictures import check_figure_file, plot_patching, save_figure
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_patch"]
-
-EXAMPLES = f"""\
-examples:
-  nnterp patch "John and Mary went to the store. John handed the milk to" \\
-               "John and Mary went to the store. Mary handed the milk to" --answers " Mary" " John"
-  nnterp patch "The Eiffel Tower is in the city of" "The Big Tower is in the city of" --answers " Paris" " London"
-  nnterp patch CLEAN CORRUPTED --answers A B --sites attentions_output mlps_output --html patching.html
-  nnterp patch CLEAN CORRUPTED --answers A B --estimate 8 --json | jq .recovered
-
-The metric is the logit of the first answer minus that of the second, each one token, spaces included. Both prompts
-need the same number of tokens. Without --model it reads {DEFAULT_MODEL}: nothing is downloaded."""
+__all__ = ["run"]
 
 
-def add_patch(commands: Any) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "patch",
-        help="which values of a clean run bring back what a corrupted run has lost",
-        description="Activation patching: run the corrupted prompt with one value at a time as in the clean run.\n"
-        "Shows how much of the metric each layer and position recovers: 0 as corrupted, 1 as clean.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("clean", metavar="CLEAN", type=prompt_text, help="the prompt whose values are put in")
-    parser.add_argument("corrupted", metavar="CORRUPTED", type=prompt_text, help="the prompt that is run")
-    parser.add_argument(
-        "--answers",
-        metavar="TOKEN",
-        type=plain_text,
-        nargs=2,
-        required=True,
-        help="the token for the clean prompt, and the other one",
-    )
-    parser.add_argument(
-        "--sites",
-        metavar="NAME",
-        nargs="+",
-        choices=(*STREAMS, *HEADS),
-        default=DEFAULT_SITES,
-        help=f"of {', '.join((*STREAMS, *HEADS))} (default: {' '.join(DEFAULT_SITES)})",
-    )
-    parser.add_argument(
-        "--estimate", metavar="STEPS", type=count, help="estimate all patches from so many gradients instead"
-    )
-    add_output(parser, "instead of tables", "the maps")
-    add_model(parser)
-    parser.set_defaults(run=_patch)
-
-
-def _patch(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the command out."""
     if arguments.html is not None:
         check_figure_file(arguments.html)
     model = StandardizedTransformer(arguments.model)

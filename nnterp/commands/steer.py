@@ -3,70 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 
 from nnterp.commands.terminal import (
-    DEFAULT_MODEL,
-    add_model,
-    add_output,
-    count,
-    finite,
     model_name,
-    prompt_text,
     write,
     write_json,
 )
-from nnterp.interventions.steering import METHODS, SteeringVector, check_vector_file
+from nnterp.interventions.steering import SteeringVector, check_vector_file
 from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["add_steer"]
-
-EXAMPLES = f"""\
-examples:
-  nnterp steer "The capital of France is" --toward "The capital of Japan is" --away "The capital of France is"
-  nnterp steer "I think that" --toward "I love it" "Wonderful" --away "I hate it" "Awful" --layers 2 3 --factor 3
-  nnterp steer "I think that" --toward "I love it" --away "I hate it" --save praise.safetensors
-  nnterp steer "I think that" --load praise.safetensors --factor -2 --json
-
-The direction leads from the activations of the prompts after --away to those after --toward, at their last
-token, after each of the layers. Without --model it steers {DEFAULT_MODEL}: nothing is downloaded."""
+__all__ = ["run"]
 
 
-def add_steer(commands: Any) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "steer",
-        help="how a text goes on when the model is steered",
-        description="Find a direction from contrasting prompts, add it at every step of a generation, and show what\n"
-        "the model writes with and without it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("prompt", metavar="PROMPT", type=prompt_text, help="a text for the model to go on with")
-    parser.add_argument(
-        "--toward", metavar="PROMPT", type=prompt_text, nargs="+", default=[], help="prompts with what is wanted"
-    )
-    parser.add_argument("--away", metavar="PROMPT", type=prompt_text, nargs="+", default=[], help="prompts without it")
-    parser.add_argument("--load", metavar="FILE", help="a steering vector that was saved, instead of prompts")
-    parser.add_argument("--save", metavar="FILE", help="where to keep the steering vector (safetensors)")
-    parser.add_argument(
-        "--layers", metavar="I", nargs="+", type=int, help="after which layers (default: the middle one)"
-    )
-    parser.add_argument(
-        "--factor", metavar="X", type=finite, default=1.0, help="how much of the direction (default: 1)"
-    )
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"default: {METHODS[0]}")
-    parser.add_argument("--tokens", metavar="N", type=count, default=12, help="how many tokens to write (default: 12)")
-    add_output(parser, "instead of text")
-    add_model(parser)
-    parser.set_defaults(run=_steer, error=parser.error)
-
-
-def _steer(arguments: argparse.Namespace) -> None:
-    if bool(arguments.load) == bool(arguments.toward and arguments.away):
-        arguments.error("give prompts after --toward and --away, or a saved vector with --load, and not both")
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the command out."""
     if arguments.save:
         check_vector_file(arguments.save)
     loaded = SteeringVector.load(arguments.load) if arguments.load else None
