@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nnsight_core.errors import RemoteError
 from nnsight_core.input_errors import ModelNotFoundError
 from nnsight_core.language_model import LanguageModel
 from nnsight_core.loading import Checkpoint
+from nnsight_core.proxy import Proxy
 from nnsight_core.scope import Scope
 from nnsight_core.tree import NO_NAMES
 from nnterp.accessors import (
@@ -312,8 +313,8 @@ class StandardizedTransformer(
 
     @property
     def input_ids(self) -> Any:
-        """The token ids of the open trace, (batch, position), padding included."""
-        return self.open_scope("input_ids").given("input_ids")
+        """The token ids of the open trace, (batch, position), padding included; kept beyond its end, saved or not."""
+        return _kept(self.open_scope("input_ids"), "input_ids")
 
     @property
     def input_size(self) -> Any:
@@ -322,8 +323,8 @@ class StandardizedTransformer(
 
     @property
     def attention_mask(self) -> Any:
-        """1 for the tokens of the open trace and 0 for padding, (batch, position)."""
-        return self.open_scope("attention_mask").given("attention_mask", _no_padding)
+        """1 for the tokens of the open trace and 0 for padding, (batch, position); kept beyond its end."""
+        return _kept(self.open_scope("attention_mask"), "attention_mask", _no_padding)
 
     @property
     def token_embeddings(self) -> Any:
@@ -357,6 +358,12 @@ class StandardizedTransformer(
     def next_token_probs(self) -> Any:
         """The probabilities of the token after each prompt: (batch, vocab), each row sums to 1."""
         return self.logits[:, -1].softmax(-1)
+
+
+def _kept(scope: Scope, name: str, otherwise: Callable[[Scope], Any] | None = None) -> Any:
+    """An argument of the model's as what answers to ``.save()``, in a live trace and in an invoke alike."""
+    found = scope.given(name, otherwise)
+    return scope.proxy(found).save() if isinstance(found, torch.Tensor) and not isinstance(found, Proxy) else found
 
 
 def _no_padding(scope: Scope) -> torch.Tensor:

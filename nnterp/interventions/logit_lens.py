@@ -188,7 +188,7 @@ def lens_tokens(
     """
     keep = _top(model, k)
     with torch.no_grad(), model.trace(prompt) as tracer:
-        whole = model.input_ids[0]
+        whole = model.input_ids.value[0]
         places = _places(positions, len(whole))
         layers = list(_layer_by_layer(model, keep, places))
         tracer.stop()
@@ -255,7 +255,7 @@ def _of_batch(
     all_positions: bool,
 ) -> Kept:
     with torch.no_grad(), model.trace(prompts) as tracer:
-        is_token = model.attention_mask.bool().cpu()
+        is_token = model.attention_mask.value.bool().cpu()
         places = tuple(range(is_token.shape[1])) if all_positions else (-1,)
         layers = list(_layer_by_layer(model, keep, places))
         tracer.stop()

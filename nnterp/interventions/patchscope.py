@@ -350,7 +350,7 @@ def _write(
 def _columns(model: StandardizedTransformer, targets: Sequence[TargetPrompt]) -> list[int]:
     """Where in the padded batch the token of each row stands."""
     width = model.input_ids.shape[1]
-    lengths = model.attention_mask.sum(-1).tolist()
+    lengths = model.attention_mask.value.sum(-1).tolist()
     found = []
     for length, target in zip(lengths, targets, strict=True):
         index = target.index_to_patch

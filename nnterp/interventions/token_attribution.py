@@ -131,7 +131,7 @@ def integrated_gradients(
 def _embeddings(model: StandardizedTransformer, prompts: list[str] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompts' embeddings, (prompt, position, hidden), and 1 where there is a token, (prompt, position)."""
     with torch.no_grad(), model.trace(prompts) as tracer:
-        mask = model.attention_mask
+        mask = model.attention_mask.value
         embeddings = model.token_embeddings.save()
         tracer.stop()
     return embeddings.value, mask

@@ -144,7 +144,7 @@ def test_tokens_are_counted_from_the_start_of_each_prompt() -> None:
         queries, first = model.queries_pre_rope[1].save(), model.queries_pre_rope[1].t[0].save()
         heads = model.heads_contribution[1].save()
         first_heads = model.heads_contribution[1].t[0].save()
-        starts = model.attention_mask.argmax(-1).tolist()
+        starts = model.attention_mask.value.argmax(-1).tolist()
     assert starts[1] > starts[0] == 0
     for row, start in enumerate(starts):
         assert torch.equal(first[row], queries[row, :, start])

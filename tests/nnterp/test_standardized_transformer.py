@@ -42,7 +42,15 @@ def test_what_is_known_of_the_input_is_there_at_any_moment(demo_gpt2: Standardiz
         hidden = demo_gpt2.layers_output[-1]
         ids, size, mask = demo_gpt2.input_ids, demo_gpt2.input_size, demo_gpt2.attention_mask
         assert hidden.shape[:2] == size == ids.shape
+        saved = demo_gpt2.input_ids.save(), demo_gpt2.attention_mask.save()
+        last = demo_gpt2.attention_mask[:, -1].save()
     assert mask[0].all() and not mask[1, 0]
+    assert torch.equal(saved[0], ids) and torch.equal(saved[1], mask) and last.all()
+    with demo_gpt2.trace() as tracer:
+        for text in ("The Eiffel Tower", "Paris"):
+            with tracer.invoke(text):
+                rows = demo_gpt2.input_ids.save(), demo_gpt2.attention_mask.save()
+    assert torch.equal(rows[0], ids[1:]) and torch.equal(rows[1], mask[1:])
 
 
 def test_a_folder_of_ones_own_opens(tmp_path: Path) -> None:
