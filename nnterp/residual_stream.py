@@ -51,11 +51,12 @@ class ResidualStream:
             factor: how much of it.
             positions: which positions of the padded batch, all of them if None; -1 is the last.
             token_positions: instead of ``positions``, counted by the tokens of one's own prompt, whatever the padding.
-            batch_index: which prompts of the batch, all of them if None.
+            batch_index: which prompts of the batch, all of them if None. Of several prompts and several positions the
+                first prompt is steered at the first position, the second at the second, as tensors are indexed.
 
         Raises:
             SteeringVectorError: the vector does not fit the model.
-            PositionError: a position or a row is not there.
+            PositionError: a position or a row is not there, or there are not as many positions as prompts.
             LayerIndexError: the model has no such layer.
         """
         where = (positions, token_positions, batch_index)
@@ -202,6 +203,7 @@ def _indices(given: Any, length: int, what: str, device: torch.device) -> torch.
     found = torch.atleast_1d(torch.as_tensor(unwrap(given), device=device))
     if found.dtype == torch.bool:
         found = found.nonzero()[:, 0]
+    found = found if found.numel() else found.long()
     outside = found[(found < -length) | (found >= length)]
     if len(outside):
         raise PositionError(f"{what} {int(outside[0])} is not there: there are {length}, counted from 0.")
@@ -215,11 +217,24 @@ def chosen(
     """The rows and columns to change, so that ``hidden[rows, columns]`` is (batch, position, hidden)."""
     batch, length = hidden.shape[:2]
     rows = _indices(batch_index, batch, "Prompt", hidden.device)
-    if token_positions is None:
-        return rows[:, None], _indices(positions, length, "Position", hidden.device)[None, :]
-    padding = scope.padding if scope.padding and length >= scope.prompt_length else [0] * batch
-    columns = [
-        padding[row] + _indices(token_positions, length - padding[row], f"In prompt {row}, token", hidden.device)
-        for row in rows.tolist()
-    ]
-    return rows[:, None], torch.stack(columns)
+    places = positions if token_positions is None else token_positions
+    starts = torch.zeros(batch, dtype=torch.long)
+    if token_positions is not None and scope.padding and length >= scope.prompt_length:
+        starts = torch.as_tensor(scope.padding)
+    each: list[Any] = [places] * len(rows)
+    if batch_index is not None and places is not None and len(rows) > 1:
+        listed = torch.atleast_1d(torch.as_tensor(unwrap(places)))
+        listed = listed.nonzero()[:, 0] if listed.dtype == torch.bool else listed
+        # As tensors are indexed by two lists: the first row at the first position, the second at the second.
+        if len(listed) not in (0, 1, len(rows)):
+            raise PositionError(
+                f"{len(rows)} prompts and {len(listed)} positions are given: batch_index and positions are taken in "
+                "pairs. Give one position for each of these prompts, or one for all, or steer once for each position."
+            )
+        each = list(listed.expand(len(rows))) if len(listed) else each
+    columns = []
+    for row, place in zip(rows.tolist(), each, strict=True):
+        start = int(starts[row])
+        what = "Position" if token_positions is None else f"In prompt {row}, token"
+        columns.append(start + _indices(place, length - start, what, hidden.device))
+    return rows[:, None], torch.stack(columns) if columns else rows[:, None]

@@ -99,6 +99,14 @@ def difference(model: StandardizedTransformer, **where: Any) -> torch.Tensor:
         ({"batch_index": 1}, [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]),
         ({"batch_index": -1, "token_positions": 1}, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]),
         ({"batch_index": torch.tensor([True, False]), "positions": 0}, [[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+        # Two lists go in pairs, as tensors are indexed by them.
+        ({"batch_index": [0, 1], "positions": [1, 3]}, [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]),
+        ({"batch_index": [1, 0], "token_positions": [0, -2]}, [[0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]),
+        ({"batch_index": [0, 0], "token_positions": torch.tensor([1, 4])}, [[0, 1, 0, 0, 1], [0, 0, 0, 0, 0]]),
+        ({"batch_index": [0, 1], "token_positions": -1}, [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]),
+        ({"batch_index": 0, "positions": [1, 2]}, [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]),
+        ({"batch_index": []}, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+        ({"batch_index": [0, 1], "positions": []}, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
     ],
 )
 def test_steering_changes_the_chosen_positions_alone(
@@ -137,6 +145,8 @@ def test_places_that_are_not_there(model: StandardizedTransformer) -> None:
         model.steer(0, vector, token_positions=2)
     with model.trace(PROMPTS), pytest.raises(PositionError, match="Prompt 2 is not there"):
         model.steer(0, vector, batch_index=2)
+    with model.trace(PROMPTS), pytest.raises(PositionError, match=r"2 prompts and 3 positions.*in pairs"):
+        model.steer(0, vector, positions=[0, 1, 2], batch_index=[0, 1])
     with model.trace(PROMPTS), pytest.raises(PositionError, match="not both"):
         model.steer(0, vector, positions=0, token_positions=0)
     with model.trace(PROMPTS):
