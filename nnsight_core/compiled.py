@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,3 +35,23 @@ class Eager:
             if cls._count == 0 and cls._stance is not None:
                 stance, cls._stance = cls._stance, None
                 stance.__exit__(None, None, None)
+
+    @classmethod
+    @contextmanager
+    def on(cls) -> Iterator[None]:
+        """While it lasts, one pass more needs it."""
+        cls.begin()
+        try:
+            yield
+        finally:
+            cls.end()
+
+    @classmethod
+    @contextmanager
+    def paused(cls) -> Iterator[None]:
+        """While it lasts, one pass that needs it does not: compiled code is used again, unless others need it too."""
+        cls.end()
+        try:
+            yield
+        finally:
+            cls.begin()

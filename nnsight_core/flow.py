@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nnsight_core.compiled import Eager
+from nnsight_core.flex import runs_flex
 from nnsight_core.operations import MODULE_CALL, base_name
 from nnsight_core.operators import changes_in_place
 from nnsight_core.twin import Twin
@@ -167,7 +170,8 @@ class Watch:
     def run(self, call: Callable[[torch.nn.Module], Any]) -> tuple[Any, dict[torch.nn.Module, list[Flow]]]:
         """What ``call(copy)`` gives, and the flow in each call of each module; in eval mode, without gradients."""
         self._seen.clear()
-        with torch.random.fork_rng(devices=self._devices), torch.no_grad(), self._twin.running():
+        uncompiled = Eager.on() if any(map(runs_flex, self._twin.module.modules())) else nullcontext()
+        with torch.random.fork_rng(devices=self._devices), torch.no_grad(), uncompiled, self._twin.running():
             result = call(self._twin.module)
         return result, dict(self._seen)
 

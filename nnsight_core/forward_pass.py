@@ -11,6 +11,8 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from nnsight_core.flex import say_what_else
+
 #: How many coroutines a thread keeps for its next passes: a trace inside a trace takes a second one.
 _KEPT = 2
 #: In bytes: from a stack so much deeper than where it began, a coroutine would have to move that much at each turn.
@@ -72,6 +74,9 @@ class ForwardPass:
             self.result = call()
         except Unwind:
             pass
+        except NotImplementedError as error:
+            say_what_else(error)
+            raise
         finally:
             self.has_ended = True
 

@@ -1,4 +1,4 @@
-"""What torch's fused attention computes on its way and shows nobody: the scores of keys, and the probabilities.
+"""What torch's fused attentions compute on their way and show nobody: the scores of keys, and the probabilities.
 
 The kernel runs all the same, and what it gives stays to the last bit where nobody changes anything.
 """
@@ -6,14 +6,17 @@ The kernel runs all the same, and what it gives stays to the last bit where nobo
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nnsight_core.flex import FLEX, FlexCall
+from nnsight_core.kernel_call import KernelCall
+from nnsight_core.values import first_tensor, with_first_tensor
+
 #: The operations that have values inside, and how these are called, in the order in which they are made.
-INNER = {"scaled_dot_product_attention": ("scores", "probabilities")}
+INNER = {"scaled_dot_product_attention": ("scores", "probabilities"), FLEX: ("scores", "probabilities")}
 
 #: Called with the name of a value inside and the value; gives its replacement in a one-tuple, or None for no change.
 Show = Callable[[str, torch.Tensor], "tuple[Any] | None"]
@@ -26,14 +29,14 @@ class Shut:
     why: str
 
 
-def why_shut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the values inside a call of ``scaled_dot_product_attention`` cannot be told; None if they can.
+def why_shut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the values inside a call of an attention kernel cannot be told; None if they can.
 
     >>> heads = torch.zeros(1, 2, 3, 4)
-    >>> why_shut((heads, heads, heads), {"dropout_p": 0.1})
+    >>> why_shut(torch.nn.functional.scaled_dot_product_attention, (heads, heads, heads), {"dropout_p": 0.1})
     'the kernel drops out probabilities at random (dropout_p=0.1) and does not say which; model.eval() turns that off.'
     """
-    call = _Call(*args, **kwargs)
+    call = _call_of(func, args, kwargs)
     if call.dropout_p > 0:
         what = f"drops out probabilities at random (dropout_p={call.dropout_p}) and does not say which"
         return f"the kernel {what}; model.eval() turns that off."
@@ -42,8 +45,8 @@ def why_shut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def run_open(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], show: Show) -> torch.Tensor:
-    """What ``func``, which is ``scaled_dot_product_attention``, gives for a call, with ``show`` told of what is inside.
+def run_open(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], show: Show) -> Any:
+    """What ``func``, one of the kernels of `INNER`, gives for a call, with ``show`` told of what is inside.
 
     Queries whose probabilities stay as they are get what the kernel gives them. Where gradients are wanted they go by
     way of scores and probabilities.
@@ -60,7 +63,7 @@ def run_open(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     Raises:
         ValueError: ``show`` gives something of another shape.
     """
-    call = _Call(*args, **kwargs)
+    call = _call_of(func, args, kwargs)
     with call.precisely():
         scores = call.scores()
         own = _probabilities(scores)
@@ -72,21 +75,22 @@ def run_open(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     changed = show("probabilities", probabilities)
     if changed is not None:
         probabilities = _like(probabilities, changed[0], "probabilities")
-    result: torch.Tensor = func(*args, **kwargs)
+    given_by_kernel = func(*args, **kwargs)
     wants_gradient = torch.is_grad_enabled() and probabilities.requires_grad
     if given is None and changed is None and not wants_gradient:
-        return result
+        return given_by_kernel
+    result = first_tensor(given_by_kernel)
     with call.precisely():
         weighted = (probabilities @ call.values()).to(result.dtype)
     queries = (probabilities != own).any(-1, keepdim=True)
     if wants_gradient:
         kept: torch.Tensor = _KernelsNumbers.apply(weighted, result.detach(), queries)  # type: ignore[no-untyped-call]
-        return kept
-    return torch.where(queries, weighted, result)
+        return with_first_tensor(given_by_kernel, kept)
+    return with_first_tensor(given_by_kernel, torch.where(queries, weighted, result))
 
 
-class _Call:
-    """A call of ``scaled_dot_product_attention``: (..., head, query, size), (..., head, key, size) twice."""
+class _Call(KernelCall):
+    """A call of ``scaled_dot_product_attention``."""
 
     def __init__(
         self,
@@ -100,42 +104,29 @@ class _Call:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        self.query, self.key, self.value = query, key, value
+        super().__init__(query, key, value)
         self.dropout_p = dropout_p
         self._mask, self._is_causal = attn_mask, is_causal
         self._scale = query.shape[-1] ** -0.5 if scale is None else scale
         self._shares_keys = enable_gqa
-        kind = query.device.type
-        self._casts_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def precisely(self) -> AbstractContextManager[Any]:
-        """While it lasts, nothing is computed in fewer digits than it is given in."""
-        return nullcontext() if self._casts_to is None else torch.autocast(self.query.device.type, enabled=False)
-
-    def _exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As the kernel has it within: what is given in half the digits of float32 is computed in all of them."""
-        if self._casts_to is not None and tensor.dtype != torch.float64:
-            tensor = tensor.to(self._casts_to)
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-    def _for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
-        heads = self._exact(heads)
+    def for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
+        heads = self.exact(heads)
         return heads.repeat_interleave(self.query.shape[-3] // heads.shape[-3], -3) if self._shares_keys else heads
 
     def scores(self) -> torch.Tensor:
-        """(..., head, query, key): scaled and masked; what may not be seen, minus infinity or what the mask adds."""
-        scores = self._exact(self.query) @ self._for_each_query(self.key).mT * self._scale
+        scores = self.exact(self.query) @ self.for_each_query(self.key).mT * self._scale
         mask = self._mask
         if self._is_causal:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~allowed, -torch.inf)
         if mask is None:
             return scores
-        return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + self._exact(mask)
+        return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + self.exact(mask)
 
-    def values(self) -> torch.Tensor:
-        """(..., head, key, size): what each query head weighs."""
-        return self._for_each_query(self.value)
+
+def _call_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelCall:
+    return FlexCall(*args, **kwargs) if func.__name__ == FLEX else _Call(*args, **kwargs)
 
 
 def _probabilities(scores: torch.Tensor) -> torch.Tensor:

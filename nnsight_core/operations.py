@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nnsight_core.compiled import Eager
+from nnsight_core.flex import FLEX, as_called, runs_flex
 from nnsight_core.kernels import INNER, Shut, run_open, why_shut
 from nnsight_core.operators import changes_in_place
 from nnsight_core.sites import Site, is_library
@@ -74,7 +76,7 @@ def operation_of(kind: str) -> str:
 def torch_names() -> frozenset[str]:
     """The plain names of all that torch can do with tensors, near enough to tell a slip of the pen from a name."""
     known = (dir(torch), dir(torch.nn.functional), dir(torch.Tensor), dir(torch.special), dir(torch.linalg))
-    return frozenset(_plain_name(name) for names in known for name in names)
+    return frozenset(_plain_name(name) for names in known for name in names) | INNER.keys()
 
 
 def _plain_name(name: str) -> str:
@@ -131,11 +133,13 @@ class Tap(TorchFunctionMode):
         self._opened_in = 0
         self._frame: FrameType | None = None
         self._is_busy = False
+        self._shows_flex = False
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``forward`` with the tap on."""
         # The frame stays until the call is over, so its id will do.
         self._opened_in = id(sys._getframe())
+        self._begin()
         torch._C._push_on_torch_function_stack(self)
         try:
             result = forward(*args, **kwargs)
@@ -143,6 +147,11 @@ class Tap(TorchFunctionMode):
             return result
         finally:
             self.close()
+
+    def _begin(self) -> None:
+        if runs_flex(self.module):
+            self._shows_flex = True
+            Eager.begin()
 
     def end(self) -> None:
         """The call has come to its end."""
@@ -157,6 +166,7 @@ class Tap(TorchFunctionMode):
             self.counts[base] = int(number) + 1
         # Held, for another frame might else get its place in memory, should the call end without our knowing.
         self._frame, self._opened_in = call, id(call)
+        self._begin()
 
     def is_of(self, call: FrameType | None) -> bool:
         """Whether it has joined ``call`` and is still on."""
@@ -168,6 +178,9 @@ class Tap(TorchFunctionMode):
         A forward pass that is abandoned is unwound wherever the collector finds it, where other modes may be on.
         """
         self._frame, self._opened_in = None, 0
+        if self._shows_flex:
+            self._shows_flex = False
+            Eager.end()
         above = []
         while torch._C._len_torch_function_stack():
             mode = torch._C._pop_torch_function_stack()
@@ -214,12 +227,15 @@ class Tap(TorchFunctionMode):
         number = self.counts.get(name, 0)
         self.counts[name] = number + 1
         kind = f"{PREFIX}{name}_{number}"
+        own = args
         changed = self._show(f"{kind}.input", (args, kwargs), "shared")
         if changed is not None:
             args, kwargs = _with_call(args, changed[0], kind, changes_in_place(func.__name__, kwargs))
         target = kwargs.get("out", args[0] if args else kwargs.get("input"))
         before = _version(target)
-        is_open = name in INNER and self._is_to_be_opened(name, kind, args, kwargs)
+        if name == FLEX:
+            func = as_called(func, own, Tap)
+        is_open = name in INNER and self._is_to_be_opened(func, name, kind, args, kwargs)
         result = self._run_open(func, kind, args, kwargs) if is_open else func(*args, **kwargs)
         in_place = isinstance(target, torch.Tensor) and (
             changes_in_place(func.__name__.partition(".")[0], kwargs)
@@ -236,11 +252,11 @@ class Tap(TorchFunctionMode):
         _fill(target, changed[0], kind)
         return result
 
-    def _is_to_be_opened(self, name: str, kind: str, args: Any, kwargs: Any) -> bool:
+    def _is_to_be_opened(self, func: Any, name: str, kind: str, args: Any, kwargs: Any) -> bool:
         wanted = [f"{kind}.{each}" for each in INNER[name]]
         if self._listens is not None and not any(map(self._listens, wanted)):
             return False
-        why = why_shut(args, kwargs)
+        why = why_shut(func, args, kwargs)
         if why is None:
             return True
         for each in wanted:

@@ -102,8 +102,9 @@ class Operation:
     def scores(self) -> Any:
         """What attention's softmax takes, (..., head, query, key), scaled and masked; set it to replace it.
 
-        Only for ``scaled_dot_product_attention``, which does not show it: it is computed again from ``.input``, in
-        float32 at least. The kernel runs as well, and its result stays for queries whose probabilities stay.
+        Only for ``scaled_dot_product_attention`` and ``flex_attention``, which do not show it: it is computed again
+        from ``.input``, in float32 at least. The kernel runs as well, and its result stays for queries whose
+        probabilities stay.
         """
         return self._source._envoy.read(self._inner("scores"))
 
@@ -125,7 +126,7 @@ class Operation:
 
     def _inner(self, what: str) -> str:
         if what not in INNER.get(self._name.rpartition("_")[0], ()):
-            has = f"{self._name} has no {what}: of all operations, {', '.join(INNER)} has."
+            has = f"{self._name} has no {what}: of all operations, {' and '.join(INNER)} have."
             raise SourceError(f"{self._source._label}.{self._name}.{what}", has, "", user_site())
         return f"{PREFIX}{self._name}.{what}"
 

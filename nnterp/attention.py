@@ -62,6 +62,9 @@ def open_place(attention: Attention, name: str, label: str) -> tuple[Place, Atte
         if isinstance(found, Place):
             return replace(found, label=label, positions=2), places
         reasons.append(found)
+        if places.counted:
+            # Who knows where some of the values stand knows why another stands nowhere.
+            break
     raise ClosedAttentionError(label, reasons[-1])
 
 

@@ -13,8 +13,8 @@ import torch
 
 from nnsight_core.flow import Flow, Step, tensors_in
 from nnterp.attention_forms import Form, form_of, matching
+from nnterp.attention_kernel import KERNELS
 
-KERNEL = "scaled_dot_product_attention"
 #: What finds each row's largest.
 LARGEST = ("max", "amax")
 #: The operand of a product: whether it is among the arguments or the keyword arguments, and where.
@@ -142,8 +142,8 @@ class Found:
 
 
 def kernels(flow: Flow) -> list[Step]:
-    """The calls of torch's own kernel for all of attention."""
-    return [step for step in flow.steps if step.function == KERNEL]
+    """The calls of torch's own kernels for all of attention."""
+    return [step for step in flow.steps if step.function in KERNELS.values()]
 
 
 def find(flow: Flow) -> Found:

@@ -1,4 +1,4 @@
-"""Attention that runs torch's fast kernel by way of transformers: its values are the kernel's arguments and result.
+"""Attention that runs one of torch's kernels by way of transformers: its values are the kernel's arguments and result.
 
 The kernel stays, and nothing is computed twice.
 """
@@ -7,40 +7,55 @@ from __future__ import annotations
 
 import dis
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
 
 import torch
 
+from nnsight_core.values import first_tensor, with_first_tensor
 from nnterp.accessors import Place
 from nnterp.attention_places import Attention, AttentionPlaces
 
-_KERNEL = "source.scaled_dot_product_attention_0"
+#: What transformers calls a way to run attention, and the operation of torch's that it ends in.
+KERNELS = {"sdpa": "scaled_dot_product_attention", "flex_attention": "flex_attention"}
 _ARGUMENTS = ("query", "key", "value")
 
 
 def kernel_places(attention: Attention) -> AttentionPlaces:
-    """The values of attention that hands its heads to ``scaled_dot_product_attention``, once in each call."""
+    """The values of attention that hands its heads to a kernel of torch's, once in each call."""
     module = attention.envoy._module
     why = _why_closed(module)
-    return places_in_kernel(attention) if why is None else AttentionPlaces.closed(why)
+    return places_in_kernel(attention, KERNELS[_used(module)]) if why is None else AttentionPlaces.closed(why)
 
 
-def places_in_kernel(attention: Attention) -> AttentionPlaces:
-    """The values of a module that calls ``scaled_dot_product_attention`` once in each of its calls."""
-    module = attention.envoy._module
+#: Why the kernel does not tell what its heads do.
+_SINKS = (
+    "flex_attention runs without the sinks of this family, and what its heads give is made smaller by their share "
+    "afterwards: load the model with attn_implementation='eager'."
+)
+
+
+def _has_sinks(module: torch.nn.Module) -> bool:
+    code: CodeType = inspect.unwrap(type(module).forward).__code__
+    return any("s_aux" in each for each in code.co_consts if isinstance(each, tuple))
+
+
+def places_in_kernel(attention: Attention, kernel: str) -> AttentionPlaces:
+    """The values of a module that calls ``kernel``, an operation of torch's, once in each of its calls."""
+    module, operation = attention.envoy._module, f"source.{kernel}_0"
     heads = _Heads(getattr(module, "num_key_value_groups", None) or attention.groups, attention.heads)
 
     def argument(name: str) -> Place:
         get, put = partial(_argument, name, heads), partial(_with_argument, name, heads)
-        return Place(attention.path, f"{_KERNEL}.input", name, get, put)
+        return Place(attention.path, f"{operation}.input", name, get, put)
 
     def result(what: str) -> Place:
-        return Place(attention.path, f"{_KERNEL}.{what}", what, heads.apart, _in_form)
+        return Place(attention.path, f"{operation}.{what}", what, heads.given, _giving)
 
-    return AttentionPlaces(
+    has_sinks = kernel == "flex_attention" and _has_sinks(module)
+    places = AttentionPlaces(
         queries=argument("query"),
         keys=argument("key"),
         values=argument("value"),
@@ -48,6 +63,7 @@ def places_in_kernel(attention: Attention) -> AttentionPlaces:
         probabilities=result("probabilities"),
         heads_output=result("output"),
     )
+    return replace(places, scores=_SINKS, probabilities=_SINKS, heads_output=_SINKS) if has_sinks else places
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,10 @@ class _Heads:
 
     groups: int
     count: int
+
+    def given(self, result: Any) -> torch.Tensor:
+        """The same, of what a kernel gives, who knows what beside it."""
+        return self.apart(first_tensor(result))
 
     def apart(self, value: torch.Tensor) -> torch.Tensor:
         """(batch, head, query, ...): of a single query, heads with the same keys may stand in the place of queries."""
@@ -67,6 +87,10 @@ def _in_form(value: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return new.reshape(value.shape)
 
 
+def _giving(result: Any, new: torch.Tensor) -> Any:
+    return with_first_tensor(result, _in_form(first_tensor(result), new))
+
+
 def _why_closed(module: torch.nn.Module) -> str | None:
     """Why the values of the module's heads cannot be reached; None if they can."""
     # A release of transformers that renames an argument wraps the forward.
@@ -75,8 +99,12 @@ def _why_closed(module: torch.nn.Module) -> str | None:
         return f"{type(module).__name__} does not hand its heads to one of transformers' attention functions."
     if calls > 1:
         return f"{type(module).__name__} calls its attention function several times, and no one call has all its heads."
-    used = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return None if used == "sdpa" else f"the model runs its attention with {used!r}, and they are read from 'sdpa'."
+    used = _used(module)
+    return None if used in KERNELS else f"the model runs its attention with {used!r}, not with one of {[*KERNELS]}."
+
+
+def _used(module: torch.nn.Module) -> Any:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 @lru_cache(maxsize=256)

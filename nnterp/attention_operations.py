@@ -314,11 +314,12 @@ def _places(attention: Attention, flows: list[Flow]) -> AttentionPlaces:
 def _in_kernel(attention: Attention, calls: list[list[Step]], paths: dict[torch.nn.Module, str]) -> AttentionPlaces:
     """The values of attention that calls torch's kernel once, in whichever module."""
     modules = {step.module for each in calls for step in each}
+    names = {step.function for each in calls for step in each}
     module = modules.pop()
     if modules or module is None or module not in paths or any(len(each) != 1 or each[0].call for each in calls):
         raise UnknownAttentionError("the attention function is called several times, and no one call has all heads.")
     envoy = Envoy(module, join(attention.envoy.path, paths[module]), attention.envoy._tree)
-    return places_in_kernel(replace(attention, envoy=envoy, path=paths[module]))
+    return places_in_kernel(replace(attention, envoy=envoy, path=paths[module]), names.pop())
 
 
 def _dry_runs(root: torch.nn.Module, modules: list[torch.nn.Module]) -> list[dict[torch.nn.Module, list[Flow]]]:

@@ -263,7 +263,7 @@ def _eager(case: Case) -> Any:
     module = copy.deepcopy(case.module)
     for each in module.modules():
         config: Any = getattr(each, "config", None)
-        if config is not None and config._attn_implementation == "sdpa":
+        if config is not None and config._attn_implementation in ("sdpa", "flex_attention"):
             config._attn_implementation = "eager"
     return module
 

@@ -61,12 +61,16 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     return config
 
 
-def tiny_model(model_type: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny model in eval mode and float32 whose weights depend on nothing but its configuration."""
+def tiny_model(model_type: str, attention: str | None = None, **overrides: Any) -> PreTrainedModel:
+    """A tiny model in eval mode and float32 whose weights depend on nothing but its configuration.
+
+    ``attention`` is what it is to run its attention with, as transformers calls it; None for the family's own choice.
+    """
+    chosen = {} if attention is None else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = tiny_config(model_type, **overrides)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
         # Fresh norms scale by one, and fresh biases and some maps are zero, so that much would go unnoticed.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -86,9 +90,9 @@ def tiny_model(model_type: str, **overrides: Any) -> PreTrainedModel:
 class Case:
     """One model of the matrix, what is known of it, and what it gives when nobody interferes."""
 
-    def __init__(self, model_type: str, **overrides: Any) -> None:
+    def __init__(self, model_type: str, attention: str | None = None, **overrides: Any) -> None:
         self.model_type = model_type
-        self.module = tiny_model(model_type, **overrides)
+        self.module = tiny_model(model_type, attention, **overrides)
         facts: dict[str, Any] = read_json("modules.json")[model_type] | _older(model_type, "modules")
         self.facts = copy.deepcopy(facts)
         #: What the model's own code does not let hold, in this transformers alone.
