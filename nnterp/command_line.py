@@ -21,7 +21,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the name of the program; those that it was started with if None.
     """
+    if sys.stdout is None:  # `nnterp ... >&-`: pictures and vectors are written all the same.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return _run(argv)
     try:
         try:
             return _run(argv)
@@ -52,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         # `nnterp ... | head` has read enough. Python would flush once more as it ends, and complain.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        with open(os.devnull, "wb") as unread:
+            os.dup2(unread.fileno(), sys.stdout.fileno())
         return NO_READER
 
 

@@ -252,6 +252,16 @@ def test_a_reader_that_goes_away(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_program_without_any_output_writes_its_files_all_the_same(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "lens.html"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["lens", "text", "--model", model, "--html", str(page)]) == 0
+    assert main(["--help"]) == 0
+    assert page.is_file() and sys.stdout is None
+
+
 def test_a_model_that_loads_at_once_leaves_no_progress_bar(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
