@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch has compiled the calls of a module, in its place or in a module around it."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
 class Eager:
     """Passes that need to see inside compiled modules are counted: while there are any, no compiled code is used."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from nnsight_core.compiled import Eager, is_compiled
 from nnsight_core.hooks import observing
 from nnsight_core.operations import Memory, Tap
 from nnsight_core.shapes import ShapesOnly
@@ -53,7 +55,9 @@ def run_dry(
     args, kwargs = twin.own(call)
     devices = {each.device.index for each in root.parameters() if each.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), observing(twin.module.modules(), told), torch.no_grad():
-        with twin.running():
+        # Whoever looks at every module looks at those inside compiled ones, too.
+        uncompiled = Eager.on() if any(map(is_compiled, root.modules())) else nullcontext()
+        with uncompiled, twin.running():
             twin.module(*args, **kwargs)
 
 

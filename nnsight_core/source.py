@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nnsight_core.compiled import is_compiled
 from nnsight_core.current import open_trace
 from nnsight_core.errors import EditError, ModuleNotRunError, NoSuchOperationError, SourceError
 from nnsight_core.kernels import INNER
@@ -184,7 +185,7 @@ class Source:
             why, mend = "torch.jit runs this module outside Python.", "Wrap the module as it was before scripting."
             raise SourceError(self._label, why, mend, user_site())
         for each in (module, *self._envoy._tree.ancestors(module)):
-            if "_orig_mod" in each._modules or getattr(each, "_compiled_call_impl", None) is not None:
+            if is_compiled(each):
                 what = "this module" if each is module else f"the {type(each).__name__} around it"
                 why = f"{what} is compiled, and compiled code does not call the operations of its source one by one."
                 mend = "Trace the module that was given to torch.compile, or load the model without compiling it."
