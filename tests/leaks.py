@@ -157,3 +157,20 @@ def watching(modules: Iterable[torch.nn.Module] | None = None) -> Iterator[Watch
         greenlet.settrace(plain_trace)
         HookBoard.watch = plain_watch  # type: ignore[method-assign]
         RemovableHandle.__init__ = plain_init
+
+
+@contextmanager
+def hooks_that_stay() -> Iterator[None]:
+    """While it lasts, the engine takes no hook away; what is watched for has to be seen."""
+    left, clear = list[HookBoard](), HookBoard.clear
+
+    def careless(self: HookBoard) -> None:
+        left.append(self)
+
+    HookBoard.clear = careless  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HookBoard.clear = clear  # type: ignore[method-assign]
+        for board in left:
+            board.clear()

@@ -17,7 +17,6 @@ from torch import nn
 from nnsight_core import NNsight
 from nnsight_core.envoy import Envoy
 from nnsight_core.events import Event
-from nnsight_core.hooks import HookBoard
 from nnsight_core.rows import Rows
 from nnsight_core.scope import Scope
 from tests import leaks, oracle
@@ -417,15 +416,6 @@ def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPat
         check_program(*_two_writes())
 
 
-def test_the_harness_catches_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = list[HookBoard]()
-
-    def careless(self: HookBoard) -> None:
-        left.append(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HookBoard, "clear", careless)
-        with pytest.raises(AssertionError):
-            check_program(*_two_writes())
-    for board in left:
-        board.clear()
+def test_the_harness_catches_a_hook_that_stays() -> None:
+    with leaks.hooks_that_stay(), pytest.raises(AssertionError):
+        check_program(*_two_writes())

@@ -16,7 +16,6 @@ from torch import nn
 
 from nnsight_core import NNsight
 from nnsight_core.events import Event
-from nnsight_core.hooks import HookBoard
 from nnsight_core.proxy import Proxy
 from tests import leaks, oracle
 
@@ -429,18 +428,9 @@ def test_the_harness_catches_a_dropped_write(monkeypatch: pytest.MonkeyPatch) ->
         check_program(*_one_write())
 
 
-def test_the_harness_catches_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = list[HookBoard]()
-
-    def careless(self: HookBoard) -> None:
-        left.append(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HookBoard, "clear", careless)
-        with pytest.raises(AssertionError):
-            check_program(*_one_write())
-    for board in left:
-        board.clear()
+def test_the_harness_catches_a_hook_that_stays() -> None:
+    with leaks.hooks_that_stay(), pytest.raises(AssertionError):
+        check_program(*_one_write())
 
 
 def test_the_harness_catches_a_tensor_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
