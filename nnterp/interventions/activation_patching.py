@@ -118,7 +118,8 @@ def activation_patching(
 
     Raises:
         PromptPairError: the prompts differ in number or in their number of tokens.
-        UsageError: there are no such sites, or the metric gives something else than one number for each prompt.
+        UsageError: there are no such sites, the metric gives something else than one number for each prompt, or the
+            model is in training mode and its dropout makes each pass another.
         LayerIndexError, PositionError: the model has no such layer, the prompts no such position.
         MissingPartError: no layer of the model has such a part.
         ClosedAttentionError: heads are asked for, and the model's attention does not show them.

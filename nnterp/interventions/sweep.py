@@ -92,7 +92,24 @@ def batches(sites: Sequence[Site], prompts: int, batch_size: int, title: str) ->
 
 
 def base_metric(model: StandardizedTransformer, ids: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """The metric of the prompts as they are: (prompt), on the CPU."""
+    """The metric of the prompts as they are: (prompt), on the CPU.
+
+    Raises:
+        UsageError: the model is in training mode, and another pass over the same prompts gives something else.
+    """
+    found = _measure(model, ids, metric)
+    if any(module.training for module in model._module.modules()):
+        again = _measure(model, ids, metric)
+        if not torch.allclose(found, again, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise UsageError(
+                f"The model is in training mode, and the metric of the same prompts is {found.tolist()} in one pass "
+                f"and {again.tolist()} in the next: dropout changes every pass, so that no two can be compared. "
+                "Say model.eval() first."
+            )
+    return found
+
+
+def _measure(model: StandardizedTransformer, ids: torch.Tensor, metric: Metric) -> torch.Tensor:
     with torch.no_grad(), model.trace(ids):
         found = measured(metric, model.logits.value).cpu()
     return found

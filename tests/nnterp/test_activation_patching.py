@@ -10,9 +10,9 @@ import torch
 from nnsight_core.input_errors import EmptyPromptError
 from nnterp import StandardizedTransformer
 from nnterp.errors import LayerIndexError, MissingPartError, PositionError, PromptPairError, UsageError
-from nnterp.interventions import activation_patching, logit_difference
+from nnterp.interventions import activation_patching, attribution_patching, logit_difference, path_patching
 from nnterp.interventions.sites import STREAMS
-from tests.matrix.models import Case
+from tests.matrix.models import Case, tiny_model
 from tests.nnterp import patching_oracle as oracle
 
 CLEAN = "John and Mary went to the store. John handed the milk to"
@@ -163,3 +163,23 @@ def test_a_model_without_such_a_part_says_so() -> None:
         activation_patching(case.model, clean, corrupted, entropy, "attentions_output")
     found = activation_patching(case.model, clean, corrupted, entropy, "mixers_output")
     assert not found["mixers_output"].isnan().any()
+
+
+@pytest.mark.parametrize("method", [activation_patching, attribution_patching, path_patching])
+def test_a_model_whose_passes_differ_is_refused(method: Any) -> None:
+    noisy = StandardizedTransformer(tiny_model("gpt2", resid_pdrop=0.3))
+    # The attention's own dropout is no module, but an argument of a function.
+    inside = StandardizedTransformer(tiny_model("llama", attention_dropout=0.3))
+    still = StandardizedTransformer(tiny_model("llama"))
+    ids = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[3, 9, 5, 6]])
+    for model in (noisy, inside, still):
+        model._module.train()
+    for model in (noisy, inside):
+        with pytest.raises(UsageError, match=r"training mode.*model\.eval\(\) first"):
+            method(model, *ids, lambda logits: logits[:, -1, 7], "attentions_output")
+        assert model._module.training
+        model.eval()
+        assert not model._module.training
+    for model in (noisy, inside, still):
+        result = method(model, *ids, lambda logits: logits[:, -1, 7], "attentions_output")
+        assert result["attentions_output"].isfinite().all()
