@@ -284,8 +284,13 @@ class ValueAccess(Layers):
         """The module whose input or output the value is."""
         return self._root.get(self.place(layer).path)
 
+    def _open(self, layer: int) -> Place:
+        """The place, which is about to be read or set."""
+        return self.place(layer)
+
     def __getitem__(self, layer: int) -> Any:
-        return read(self._root, self.place(layer), site=user_site())
+        site = user_site()
+        return read(self._root, self._open(layer), site=site)
 
     __call__ = __getitem__
 
@@ -294,7 +299,7 @@ class ValueAccess(Layers):
         return replace(self.place(layer), shape=StreamShape())
 
     def __setitem__(self, layer: int, value: Any) -> None:
-        write(self._root, self.place(layer), value)
+        write(self._root, self._open(layer), value)
 
 
 def logits_of(output: Any) -> Any:

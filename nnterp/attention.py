@@ -5,23 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nnsight_core.envoy import Envoy
 from nnsight_core.operations import operation_of
-from nnsight_core.sites import user_site
-from nnterp.accessors import Place, ValueAccess, read, write
+from nnterp.accessors import Place, ValueAccess
 from nnterp.attention_kernel import kernel_places
 from nnterp.attention_operations import operation_places
 from nnterp.attention_places import Attention, AttentionPlaces
 from nnterp.errors import CannotError, UsageError
+from nnterp.operation_access import OperationAccess, running
 from nnterp.repeated_heads import RepeatedHeads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from nnsight_core.source import Operation
-    from nnterp.rename_plan import PartPlan, RenamePlan
+    from nnterp.rename_plan import RenamePlan
     from nnterp.spec import ArchitectureSpec
 
 #: The accessors, and which of the places of a layer's attention each reads and sets.
@@ -68,7 +70,7 @@ def open_place(attention: Attention, name: str, label: str) -> tuple[Place, Atte
     raise ClosedAttentionError(label, reasons[-1])
 
 
-class HeadAccess(ValueAccess):
+class HeadAccess(OperationAccess):
     """``queries[i]``, ``keys[i]``, ``values[i]``, ``heads_output[i]``: (batch, head, position, head_dim), read and set.
 
     They are the arguments and the result of the layer's attention kernel, or of the products of matrices that stand in
@@ -100,26 +102,12 @@ class HeadAccess(ValueAccess):
         counts: tuple[int, int],
         spec: ArchitectureSpec,
     ) -> None:
-        places = tuple(None if path is None else Place(path, "call", name) for path in modules)
-        super().__init__(root, name, places, why_not)
+        super().__init__(root, name, modules, why_not, spec)
         self._counts = counts
-        self._spec = spec
 
-    def place(self, layer: int) -> Place:
-        """Where layer ``layer``'s value stands.
-
-        Raises:
-            LayerIndexError: the model has no such layer.
-            MissingPartError: the layer has no attention.
-            CannotError: the family has no such value.
-            ClosedAttentionError: its attention cannot be opened.
-        """
-        return self._where(layer)[0]
-
-    def _where(self, layer: int) -> tuple[Place, AttentionPlaces]:
-        path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
-        self._spec.refuse(self.name, label)
-        return open_place(Attention(self._root.get(path), path, *self._counts), NAMES[self.name], label)
+    def _found(self, path: str, label: str) -> tuple[Place, Iterable[str]]:
+        place, places = open_place(Attention(self._root.get(path), path, *self._counts), NAMES[self.name], label)
+        return place, places.counted
 
     def is_open(self, layer: int) -> bool:
         """Whether the layer has attention that can be opened as the model runs now."""
@@ -135,22 +123,6 @@ class HeadAccess(ValueAccess):
     def repeated(self) -> RepeatedHeads:
         """The same with a head for each head of queries; see :class:`~nnterp.repeated_heads.RepeatedHeads`."""
         return RepeatedHeads(self._root, self.name, self._open, len(self), self._counts[1])
-
-    def _open(self, layer: int) -> Place:
-        place, places = self._where(layer)
-        for path in places.counted:
-            # Operations are counted from the start of a call: the module has to know before it runs.
-            _ = self._root.get(path).source
-        return place
-
-    def __getitem__(self, layer: int) -> Any:
-        site = user_site()
-        return read(self._root, self._open(layer), site=site)
-
-    __call__ = __getitem__
-
-    def __setitem__(self, layer: int, value: Any) -> None:
-        write(self._root, self._open(layer), value)
 
 
 class AttentionAccess(HeadAccess):
@@ -233,16 +205,12 @@ class Heads:
 
     def _add_heads(self, root: Envoy) -> None:
         parts = tuple(each.part("attention") for each in self._plan.layers)
-        modules = tuple(self._heads_module(part) if part else None for part in parts)
+        modules = tuple(running(self._module, part) if part else None for part in parts)
         groups = max(1, self.num_heads // (self.num_kv_heads or self.num_heads or 1)) if self.num_heads else 1
         counts = groups, self.num_heads or 0
         for name in NAMES:
             kind = AttentionAccess if name.startswith("attention_") else HeadAccess
             setattr(self, name, kind(root, name, modules, self.attentions_output._why_not, counts, self._spec))
-
-    def _heads_module(self, part: PartPlan) -> str | None:
-        is_list = part.module is not None and isinstance(self._module.get_submodule(part.module), torch.nn.ModuleList)
-        return part.output if is_list else part.module
 
     @property
     def attn_probs_available(self) -> bool:

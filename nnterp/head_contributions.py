@@ -15,6 +15,7 @@ from nnsight_core.kinds import Derived, Whole
 from nnsight_core.values import first_argument, first_tensor, with_first_tensor
 from nnterp.accessors import Place, StreamShape, ValueAccess
 from nnterp.errors import UsageError
+from nnterp.norms import rounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from nnterp.spec import ArchitectureSpec
 
 __all__ = ["ClosedProjectionError", "contributions_of", "HeadContributionAccess", "HeadContributions"]
-
-#: How far the sum of all heads may be from what the projection gives, relative to its size: rounding, not meaning.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class ClosedProjectionError(UsageError):
@@ -94,7 +92,7 @@ def _check(total: torch.Tensor, made: torch.Tensor, module: torch.nn.Module) -> 
     if made.is_meta or type(made).__name__ == "FakeTensor":
         return
     apart = float((total - made).abs().nan_to_num().max())
-    if not apart <= TOLERANCE.get(made.dtype, 5e-2) * (1e-6 + float(made.abs().nan_to_num().max())):
+    if not apart <= rounding(made.dtype) * (1e-6 + float(made.abs().nan_to_num().max())):
         name = type(module).__name__
         raise ValueError(f"{name} is no linear map: what it gives for each head alone is off in sum by {apart:.3g}.")
 

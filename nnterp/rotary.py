@@ -10,13 +10,13 @@ import torch
 
 from nnsight_core.errors import CopyError
 from nnsight_core.flow import Flow, Watch
-from nnsight_core.sites import user_site
 from nnsight_core.values import with_entry
-from nnterp.accessors import Place, ValueAccess, read, write
+from nnterp.accessors import Place, ValueAccess
 from nnterp.attention import ClosedAttentionError
 from nnterp.attention_flow import UnknownAttentionError
 from nnterp.calling import call_model, some_tokens
 from nnterp.errors import MissingPartError
+from nnterp.operation_access import OperationAccess, running
 from nnterp.rotation_flow import Absent, Made, before_rotation
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _order(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, int, int] 
     return grown[0][0], rest[0], grown[1][0], rest[1]
 
 
-class RotaryAccess(ValueAccess):
+class RotaryAccess(OperationAccess):
     """``queries_pre_rope[i]``, ``keys_pre_rope[i]``: (batch, head, position, head_dim), read and set.
 
     They are what the layer's queries and keys are before they are rotated by their positions (Su et al. 2021,
@@ -192,46 +192,15 @@ class RotaryAccess(ValueAccess):
         ShapeError: what is set has another shape.
     """
 
-    def __init__(
-        self, root: Envoy, name: str, paths: tuple[str | None, ...], why_not: tuple[str, ...], spec: ArchitectureSpec
-    ) -> None:
-        places = tuple(None if path is None else Place(path, "call", name) for path in paths)
-        super().__init__(root, name, places, why_not)
-        self._spec = spec
-
-    def place(self, layer: int) -> Place:
-        """Where layer ``layer``'s value stands.
-
-        Raises:
-            LayerIndexError: the model has no such layer.
-            MissingPartError: the layer has no attention, or rotates nothing.
-            CannotError: the family has no such value.
-            ClosedAttentionError: no tensor of the layer's holds it.
-        """
-        path, label = super().place(layer).path, f"{self.name}[{self.position(layer)}]"
-        self._spec.refuse(self.name, label)
+    def _found(self, path: str, label: str) -> tuple[Place, Iterable[str]]:
         attentions = [each.path for each in self._places if each is not None]
         found = _found(self._root._tree.root, attentions, path)[NAMES.index(self.name)]
         if isinstance(found, Absent):
             raise MissingPartError(label, found.why)
         if isinstance(found, str):
             raise ClosedAttentionError(label, found)
-        return found.place(label)
-
-    def _open(self, layer: int) -> Place:
-        place = self.place(layer)
-        # Operations are counted from the start of a call: the module has to know before it runs.
-        _ = self._root.get(place.path).source
-        return place
-
-    def __getitem__(self, layer: int) -> Any:
-        site = user_site()
-        return read(self._root, self._open(layer), site=site)
-
-    __call__ = __getitem__
-
-    def __setitem__(self, layer: int, value: Any) -> None:
-        write(self._root, self._open(layer), value)
+        # The attention itself, too, for its own values may be asked for while a module inside it runs.
+        return found.place(label), {found.path: None, path: None}
 
 
 class Rotary:
@@ -245,11 +214,6 @@ class Rotary:
 
     def _add_rotary(self, root: Envoy) -> None:
         parts = tuple(each.part("attention") for each in self._plan.layers)
-        paths = tuple(self._running(root, part.module or part.output, part.output) if part else None for part in parts)
+        paths = tuple(running(root._module, part) if part else None for part in parts)
         for name in NAMES:
             setattr(self, name, RotaryAccess(root, name, paths, self.attentions_output._why_not, self._spec))
-
-    @staticmethod
-    def _running(root: Envoy, module: str, output: str) -> str:
-        """The module that is called: a list of several is not."""
-        return output if isinstance(root.get(module)._module, torch.nn.ModuleList) else module

@@ -77,6 +77,7 @@ ORDER = (
     "nnterp/vocabulary.py",
     "nnterp/prefix_space.py",
     "nnterp/token_text.py",
+    "nnterp/operation_access.py",
     "nnterp/accessors.py",
     "nnterp/additions.py",
     "nnterp/rename.py",

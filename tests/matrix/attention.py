@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nnterp.repeated_heads import SharedHeadsError
 from tests.matrix import hooks
 from tests.matrix.attention_steps import order_of, stepwise
 from tests.matrix.models import OLDER, Case
@@ -208,6 +209,8 @@ def value_inside(name: str) -> Callable[[Case], None]:
         if not layers(case):
             return
         layer, change = layers(case)[len(layers(case)) // 2], _some(name)
+        if name in ("keys", "values"):
+            _repeated(case, layer, name)
         with watched(case, layer, **{name: change}):
             truth = hooks.logits(case.module, case.ids)
         with torch.no_grad(), case.model.trace(case.ids):
@@ -227,6 +230,33 @@ def value_inside(name: str) -> Callable[[Case], None]:
         assert torch.equal(heads[same], before[same]), f"{name}[{layer}], set: other heads change"
 
     return check
+
+
+def _repeated(case: Case, layer: int, name: str) -> None:
+    """Keys or values for each head of queries are each there as often as heads share it, and set together."""
+    access, heads = getattr(case.model, name), case.model.num_heads
+    once = _read(case)[layer, name]
+    expected = torch.repeat_interleave(once, heads // once.shape[1], 1)
+    with torch.no_grad(), case.model.trace(case.ids):
+        seen = access.repeated[layer].save()
+        access.repeated[layer] = _some(name)(expected)
+        logits = case.model.logits.save()
+    assert torch.equal(seen, expected), f"{name}.repeated[{layer}]"
+    with torch.no_grad(), case.model.trace(case.ids):
+        access[layer] = _some(name)(once)
+        same = case.model.logits.save()
+    assert torch.equal(logits, same), f"{name}.repeated[{layer}], set: not what {name}[{layer}] does"
+    assert not torch.equal(logits, case.logits), f"{name}.repeated[{layer}], set: nothing came of it"
+    if once.shape[1] == heads:
+        return
+    apart = expected.clone()
+    apart[:, 1] += 1
+    try:
+        with torch.no_grad(), case.model.trace(case.ids):
+            access.repeated[layer] = apart
+    except SharedHeadsError:
+        return
+    raise AssertionError(f"{name}.repeated[{layer}] was set to other values for heads that share one")
 
 
 def probabilities(case: Case) -> None:

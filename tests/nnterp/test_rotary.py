@@ -203,3 +203,19 @@ def test_a_model_without_weights_says_that_it_needs_them() -> None:
     model = StandardizedTransformer(tiny_model("llama").to("meta"), check_renaming=False)
     with pytest.raises(ClosedAttentionError, match="weights are not loaded"), model.scan(IDS):
         model.queries_pre_rope[0].save()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["gemma3_text", "apertus"])
+def test_after_a_norm_inside_the_attention_its_other_values_can_still_be_asked_for(model_type: str) -> None:
+    model = StandardizedTransformer(tiny_model(model_type))
+    with torch.no_grad(), model.trace(IDS):
+        queries, keys = model.queries[1].save(), model.keys[1].save()
+        probabilities = model.attention_probabilities[1].save()
+    with torch.no_grad(), model.trace(IDS):
+        before = model.keys_pre_rope[1].save()
+        together = [model.queries[1].save(), model.keys[1].save(), model.attention_probabilities[1].save()]
+    for seen, expected in zip(together, (queries, keys, probabilities), strict=True):
+        assert torch.equal(seen.value, expected.value)
+    # Position 0 is not turned.
+    torch.testing.assert_close(before.value[:, :, 0], keys.value[:, :, 0])
