@@ -60,7 +60,7 @@ class Checkpoint:
         known: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        _check_folder(name, known)
+        _check_place(name, known, options)
         self.name = name
         self._known = known
         self._options = options
@@ -300,14 +300,25 @@ def refuse_loading_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"{names}: these say how to load a model, but a loaded one was given. Leave them out.")
 
 
-def _check_folder(name: str | Path, known: Sequence[str]) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelNotFoundError(str(name), "this folder has no config.json.", known)
-    if isinstance(name, Path) and not folder.exists():
-        raise ModelNotFoundError(str(name), "there is no such folder.", known)
-    if not folder.exists():
+def _check_place(name: str | Path, known: Sequence[str], options: Mapping[str, Any]) -> None:
+    place = Path(name)
+    if place.is_dir():
+        folder = place / (options.get("subfolder") or "")
+        if not str(name) or (options.get("config") is None and not (folder / "config.json").is_file()):
+            why = "this folder has no config.json." if str(name) else "it is empty."
+            raise ModelNotFoundError(str(name), why, known)
+    elif place.exists():
+        raise ModelNotFoundError(str(name), "this is a file, and a model is a folder.", known)
+    elif isinstance(name, Path) or _is_path(name):
+        why = " (~ is a word of the shell's: Path(...).expanduser() says what it stands for.)"
+        raise ModelNotFoundError(str(name), f"there is no such folder.{why if str(name)[0] == '~' else ''}", known)
+    else:
         _check_hub(str(name), known)
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be no name on the hub: those are a word, or two with a slash between them."""
+    return name[0] in "./\\~" or name.count("/") > 1 or "\\" in name
 
 
 def _check_hub(name: str, known: Sequence[str]) -> None:

@@ -275,6 +275,35 @@ def test_what_is_no_model_is_an_error_at_once(folder: Path, tmp_path: Path) -> N
         LanguageModel("no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    {
+        "./nowhere": "there is no such folder.",
+        "/no/such/place": "there is no such folder.",
+        "../a/b/c": "there is no such folder.",
+        "~/models/mine": "Path(...).expanduser()",
+        "": "it is empty",
+    }.items(),
+)
+def test_a_path_is_not_taken_for_a_name_on_the_hub(name: str, why: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        LanguageModel(name)
+    assert why in str(caught.value) and "Repo id" not in str(caught.value)
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="this is a file, and a model is a folder"):
+        LanguageModel(folder / "config.json")
+
+
+def test_a_model_in_a_folder_below_and_one_whose_config_is_given(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "above" / "model")
+    expected = traced(LanguageModel(folder))
+    assert torch.equal(traced(LanguageModel(tmp_path / "above", subfolder="model")), expected)
+    bare = broken(folder, tmp_path / "bare", lambda place: (place / "config.json").unlink())
+    assert torch.equal(traced(LanguageModel(bare, config=LanguageModel(folder).config)), expected)
+
+
 def test_options_reach_transformers(folder: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         model = LanguageModel(folder, **{name: torch.bfloat16}, attn_implementation="eager", resid_pdrop=0.25)
