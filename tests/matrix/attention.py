@@ -349,15 +349,6 @@ def _of_a_new_token(case: Case) -> None:
     _close(kept[1].value, _of_layers(case, weights[1])[0], "probabilities of a new token")
 
 
-#: Whose attention is not opened, or not whole, and why, as `ClosedAttentionError` says it.
-CLOSED = {
-    "diffllama": "the attention function is called several times, and no one call has all heads",
-    "prophetnet": "2 softmaxes go over keys in one call, and none of them alone is the attention",
-    "reformer": "no softmax gives what values are multiplied by",
-    "xlnet": "which operation gives it depends on what the model is called with",
-}
-
-
 PROMISES: dict[str, Callable[[Case], None]] = {
     **{name: value_inside(name) for name in NAMES},
     "attention_probabilities": probabilities,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from nnterp.architectures import load_specs
-from nnterp.attention import ClosedAttentionError
 from nnterp.spec import ArchitectureSpec
 from nnterp.spec_layer import KINDS
 from tests.matrix import attention, experts, heads, norms, rotations, states
@@ -73,7 +72,7 @@ def size_id(row: tuple[str, dict[str, Any]]) -> str:
 
 
 def results() -> dict[str, dict[str, str]]:
-    """For each model type and promise ``holds``, ``cannot``, ``closed``, or ``absent`` where no layer has the part."""
+    """For each model type and promise ``holds``, ``cannot``, or ``absent`` where no layer has the part."""
     return read_json("results.json")
 
 
@@ -88,10 +87,6 @@ def outcome(case: Case) -> tuple[dict[str, str], list[str]]:
         cannot = name in case.spec.cannot or name in case.cannot
         try:
             promise(case)
-        except ClosedAttentionError as error:
-            found[name] = "cannot" if cannot else "closed"
-            if not cannot and attention.CLOSED.get(case.model_type, "nothing") not in str(error):
-                broken.append(f"{name}: {error}")
         except Exception as error:  # noqa: BLE001 - whatever a broken promise raises belongs into the table
             found[name] = "cannot"
             if not cannot:
@@ -163,7 +158,7 @@ HEADINGS = {
     "attention_probabilities": "attn probs",
     "heads_output": "heads",
 }
-SIGNS = {"holds": "+", "absent": ".", "cannot": "no", "closed": "-"}
+SIGNS = {"holds": "+", "absent": ".", "cannot": "no"}
 
 HEAD = """\
 # Families
@@ -173,7 +168,7 @@ is promised of it. This file is made by `python -m tests.matrix.table` from the 
 from what `tests/matrix/` sees when it runs a tiny random model of each type; do not edit it.
 
 `+` the promise holds, `.` the family has no such part, `no` it cannot hold: the reason is below the table, and what is
-asked for raises an error that gives it, `-` likewise, for attention that is computed in a way that is not opened.
+asked for raises an error that gives it.
 
 | | promise |
 |---|---|
@@ -257,8 +252,8 @@ def render(found: dict[str, dict[str, str]]) -> str:
         resolved = _resolved(model_type, spec)
         by_reason: dict[str, list[str]] = {}
         for name, sign in row.items():
-            if sign in ("cannot", "closed"):
-                reason = resolved.cannot[name] if sign == "cannot" else f"{attention.CLOSED[model_type]}."
+            if sign == "cannot":
+                reason = resolved.cannot[name]
                 by_reason.setdefault(reason[0].upper() + reason[1:], []).append(HEADINGS[name])
         for reason, names in by_reason.items():
             reasons.setdefault(spec.family, {}).setdefault((", ".join(names), reason), []).append(model_type)

@@ -10,8 +10,11 @@ import torch
 
 from nnsight_core.errors import OutOfOrderError
 from nnterp import StandardizedTransformer
-from nnterp.attention import NAMES, ClosedAttentionError
+from nnterp.attention import NAMES, ClosedAttentionError, open_place
 from nnterp.attention_forms import Form, UnexpectedShapeError, matching
+from nnterp.attention_places import Attention
+from nnterp.attention_sources import default_attention_prob_source
+from nnterp.errors import CannotError
 from tests.matrix.models import tiny_model
 
 #: A family of each way to write attention, with the module to which the heads go when they are together again.
@@ -277,22 +280,32 @@ def test_a_way_that_is_taken_in_another_pass_is_no_silent_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "why"),
-    [("prophetnet", "2 softmaxes"), ("reformer", "no softmax"), ("diffllama", "several times")],
+    ("model_type", "said", "why"),
+    [
+        ("prophetnet", "attends twice", "2 softmaxes"),
+        ("reformer", "by hashes", "no softmax"),
+        ("diffllama", "runs twice in one call", "several times"),
+    ],
 )
-def test_attention_that_stays_closed_says_why(model_type: str, why: str) -> None:
+def test_attention_that_stays_closed_says_why(model_type: str, said: str, why: str) -> None:
     model = _model(model_type)
-    with pytest.raises(ClosedAttentionError, match=why), model.trace(IDS):
+    with pytest.raises(CannotError, match=said), model.trace(IDS):
         model.attention_probabilities[LAYER].save()
     assert not model.attn_probs_available
+    # The specification says what is seen in the attention itself.
+    with pytest.raises(ClosedAttentionError, match=why):
+        default_attention_prob_source(model.attentions[LAYER])
 
 
 def test_a_name_that_depends_on_the_call_is_no_place() -> None:
     """XLNet has one product more where there is a mask, and so another name for that of probabilities and values."""
     model = _model("xlnet")
     assert model.attention_probabilities.is_open(LAYER) and model.values.is_open(LAYER)
-    with pytest.raises(ClosedAttentionError, match="depends on"), model.trace(IDS):
+    with pytest.raises(CannotError, match="has two names"), model.trace(IDS):
         model.heads_output[LAYER].save()
+    attention = Attention(model.attentions[LAYER], "", 1, 0)
+    with pytest.raises(ClosedAttentionError, match="depends on"):
+        open_place(attention, "heads_output", "heads_output")
     with torch.no_grad(), model.trace(IDS):
         shown = model.attention_probabilities[LAYER].save()
     assert (shown - _weights(model)).abs().max() < 1e-6

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.attention import ClosedAttentionError
-from nnterp.errors import MissingPartError, UsageError
+from nnterp.errors import CannotError, MissingPartError, UsageError
 from nnterp.interventions import ablation, activation_patching, attribution_patching, logit_difference, path_patching
 from nnterp.interventions.sites import HEADS
 from tests.matrix.models import Case
@@ -205,5 +204,5 @@ def test_what_cannot_be_says_so() -> None:
         path_patching(llama.model, *ids, entropy, "queries")
     with pytest.raises(MissingPartError, match="heads_output"):
         activation_patching(Case("falcon_mamba").model, *ids, entropy, "heads_output")
-    with pytest.raises(ClosedAttentionError, match="several times"):
+    with pytest.raises(CannotError, match="runs twice"):
         activation_patching(Case("diffllama").model, *ids, entropy, "heads_output")
