@@ -34,8 +34,10 @@ MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 #: Much of attention is faint: colours go with the square root of the probability, and the bar beside them says so.
 SHADES = ("#ffffff", "#d7e5f5", "#a6c8e8", "#62a0d2", "#2a72b2", "#0b3c7d")
 SCALE = [[(step / (len(SHADES) - 1)) ** 2, shade] for step, shade in enumerate(SHADES)]
-#: The size of a cell in the map of scores.
-ROW, COLUMN = 30, 54
+#: The size of a cell in the map of scores; of more cells than this numbers have no room, and they are small squares.
+ROW, COLUMN, NUMBERED, SMALL = 30, 54, 400, 18
+#: A title and the bar of colours take so many pixels, however little there is to show.
+NARROWEST, LOWEST = 620, 120
 #: What a kind of head does, under its name.
 KINDS = {
     "previous": "looks one token back",
@@ -121,28 +123,29 @@ def plot_head_scores(scores: Mapping[str, torch.Tensor], title: str | None = Non
     if not scores:
         raise UsageError("scores={} leaves nothing to draw: give what head_scores(model) gives.")
     layers, heads = next(iter(scores.values())).shape
-    wide = max(COLUMN * heads, SMALL_LETTER * max(len(KINDS.get(kind, "")) for kind in scores))
-    size = wide * len(scores) + BETWEEN * (len(scores) - 1), ROW * layers
+    row, column = (ROW, COLUMN) if layers * heads <= NUMBERED else (SMALL, SMALL)
+    wide = max(column * heads, SMALL_LETTER * max(len(KINDS.get(kind, "")) for kind in scores))
+    size = wide * len(scores) + BETWEEN * (len(scores) - 1), max(row * layers, LOWEST)
     figure = make_subplots(
         cols=len(scores),
         shared_yaxes=True,
         horizontal_spacing=BETWEEN / size[0],
         subplot_titles=[f"<b>{kind}</b><br><sub>{KINDS.get(kind, '')}</sub>" for kind in scores],
     )
-    for column, (kind, values) in enumerate(scores.items(), 1):
+    for place, (kind, values) in enumerate(scores.items(), 1):
         shown = [["" if math.isnan(each) else f"{each:.2f}" for each in row] for row in values.tolist()]
         figure.add_heatmap(
             z=values.tolist(),
             name=kind,
             text=shown,
-            texttemplate="%{text}",
+            texttemplate="%{text}" if row == ROW else None,
             hovertemplate=f"layer %{{y}}, head %{{x}}<br>{kind} %{{z:.3f}}<extra></extra>",
             hoverongaps=False,
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
             row=1,
-            col=column,
+            col=place,
         )
     figure.update_xaxes(title="head", dtick=1, tickangle=0)
     figure.update_yaxes(autorange="reversed", dtick=1)
@@ -211,13 +214,14 @@ def _title(patterns: AttentionPatterns) -> str:
 
 def _lay_out(figure: Figure, title: str, size: tuple[int, int], left: int, unit: str) -> None:
     """Size, colours and title; ``size`` is that of all maps together, in pixels."""
+    right = max(RIGHT, NARROWEST - size[0] - left)
     figure.update_layout(
         title={"text": title, "x": 0.02, "font_size": 16},
         template="plotly_white",
         plot_bgcolor="#f1f1f1",
-        width=size[0] + left + RIGHT,
+        width=size[0] + left + right,
         height=size[1] + ABOVE + left,
-        margin={"l": left, "r": RIGHT, "t": ABOVE, "b": left},
+        margin={"l": left, "r": right, "t": ABOVE, "b": left},
         coloraxis={
             "colorscale": SCALE,
             "cmin": 0,

@@ -19,6 +19,8 @@ __all__ = ["plot_attribution"]
 
 #: Pixels: of a bar, of a letter of its name, of the map, above and below it.
 ROW, LETTER, WIDTH, ABOVE, BELOW = 22, 8, 640, 80, 60
+#: Which part of the map is left free on both sides, for the numbers beside the bars.
+ROOM = 0.1
 TITLE = "What each part adds to the logit, from the first to the last"
 UP, DOWN, TOTAL = "#2a72b2", "#e8590c", "#495057"
 
@@ -72,7 +74,10 @@ def plot_attribution(found: LogitAttribution, prompt: int = 0, top: int = 40, ti
         waterfallgap=0.25,
         showlegend=False,
     )
-    figure.update_xaxes(title="logit", zeroline=True, zerolinecolor="#adb5bd")
+    ends = [0.0, *accumulate(values)]
+    room = ROOM * (max(ends) - min(ends)) or 1.0
+    span = [min(ends) - room, max(ends) + room]
+    figure.update_xaxes(title="logit", zeroline=True, zerolinecolor="#adb5bd", range=span)
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return figure
 

@@ -31,4 +31,5 @@ def as_label(text: str, longest: int | None = None) -> str:
     shown = visible(text)
     if longest is not None and len(shown) > longest:
         shown = f"{shown[: longest - 1]}…"
-    return shown.replace("&", "&amp;").replace("<", "&lt;")
+    # Between two dollars plotly sets formulas, wherever MathJax is at hand, as it is in notebooks.
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace("$", "&#36;")

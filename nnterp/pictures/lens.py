@@ -6,7 +6,9 @@ plot_target_probs(run_prompts(model, prompts, get_probs_func=logit_lens)).show()
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import unescape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,8 @@ __all__ = ["plot_lens", "plot_target_probs"]
 #: Pixels: of a row, of a letter, and what stands around the figure; above it with tokens over the map, and without.
 ROW, LETTER, BELOW, LEFT, RIGHT = 26, 8, 60, 70, 110
 OVER_TOKENS, OVER_LINES = 140, 100
-NARROWEST = 560
+#: Pixels of a letter of a title, and of what stands below it.
+TITLE_LETTER, BELOW_LETTER, NARROWEST = 8, 6.5, 620
 #: Longer tokens are cut in the map, and stand in full where one points at them.
 LONGEST = 16
 #: So many cells still have room for their texts; a larger map shows its colours alone.
@@ -136,7 +139,7 @@ def plot_target_probs(
         raise UsageError(f"There are {len(numbers)} layers and probabilities of {depth}: give as many.")
     figure = Figure()
     for index, (name, each) in enumerate(values.items()):
-        _draw_line(figure, as_label(name), each, numbers, COLOURS[index % len(COLOURS)])
+        _draw_line(figure, name, each, numbers, COLOURS[index % len(COLOURS)])
     figure.update_xaxes(title="layer", zeroline=False, dtick=1 if depth <= 24 else None)
     figure.update_yaxes(title="probability", range=[-0.02, 1.02], zeroline=False)
     what = f"mean of {count} prompts; bands: {WITHIN_95} standard errors" if count > 1 else "of one prompt"
@@ -173,12 +176,13 @@ def _draw_line(figure: Figure, name: str, values: torch.Tensor, layers: list[int
     figure.add_scatter(
         x=layers,
         y=mean.tolist(),
-        name=name,
+        # A long name would take the room of the lines.
+        name=as_label(name, LONGEST),
         mode="lines+markers",
         line={"color": colour},
         legendgroup=name,
         showlegend=True,
-        hovertemplate=f"{name}<br>layer %{{x}}<br>probability %{{y:.3f}}<extra></extra>",
+        hovertemplate=f"{as_label(name)}<br>layer %{{x}}<br>probability %{{y:.3f}}<extra></extra>",
     )
 
 
@@ -227,6 +231,8 @@ def _frame(figure: Figure, edges: list[float], layers: int, lens: LensResult) ->
 
 def _lay_out(figure: Figure, title: str, below: str, size: tuple[int, int], above: int) -> None:
     width, height = size
+    longest = max(len(unescape(re.sub("<[^>]*>", "", line))) for line in title.split("<br>"))
+    least = max(NARROWEST, 40 + TITLE_LETTER * longest, 40 + int(BELOW_LETTER * len(below)))
     figure.update_layout(
         title={
             "text": f"{title}<br><span style='font-size:12px'>{below}</span>",
@@ -240,6 +246,6 @@ def _lay_out(figure: Figure, title: str, below: str, size: tuple[int, int], abov
         },
         template="plotly_white",
         height=height + above + BELOW,
-        width=max(NARROWEST, width + LEFT + RIGHT),
+        width=max(least, width + LEFT + RIGHT),
         margin={"t": above, "b": BELOW, "l": LEFT, "r": RIGHT},
     )

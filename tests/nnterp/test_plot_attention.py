@@ -99,6 +99,16 @@ def test_scores_stand_by_layer_and_head(demo_gpt2: StandardizedTransformer) -> N
         plot_head_scores({})
 
 
+def test_scores_of_any_size_stay_readable() -> None:
+    large = plot_head_scores(dict.fromkeys(("previous", "induction", "duplicate"), torch.rand(40, 32)))
+    # 32 heads have a label each, numbers would need a map three times as wide.
+    assert large.layout.width < 2200 and large.layout.height < 1000 and large.data[0].texttemplate is None
+    assert large.layout.xaxis.dtick == 1 and large.data[0].z[39][31] is not None
+    small = plot_head_scores({"previous": torch.rand(1, 1)})
+    assert small.layout.width >= 8 * len(small.layout.title.text) and small.data[0].texttemplate == "%{text}"
+    assert small.layout.coloraxis.colorbar.len >= 100
+
+
 def test_a_waterfall_ends_at_the_logit(demo_gpt2: StandardizedTransformer) -> None:
     found = logit_attribution(demo_gpt2, [PROMPT, "The capital of Japan is"], " Paris", by="layer")
     (bars,) = plot_attribution(found, prompt=1).data
@@ -114,5 +124,8 @@ def test_of_many_parts_the_largest_are_shown() -> None:
     assert list(bars.y) == ["b", "d", "2 others together", "sum"]
     np.testing.assert_allclose(bars.x, [-3, 2, 0.3, -0.7], atol=1e-6)
     assert bars.text[0] == "-3.00" and bars.text[-1] == "-0.70"
+    # The number beside a bar stands inside the map, clear of the names.
+    low, high = plot_attribution(found, top=2).layout.xaxis.range
+    assert low < -3 - 0.25 and high > 0.25
     with pytest.raises(UsageError, match="there are 1 prompts"):
         plot_attribution(found, prompt=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from html import unescape
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,26 @@ def test_targets_of_one_prompt() -> None:
 def test_mistakes(probs: dict[str, torch.Tensor], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plot_target_probs(probs, **options)
+
+
+def test_dollars_are_no_formula() -> None:
+    lens = lens_of(("$x$",), [[["$y$"]]], (0,))
+    figure = plot_lens(lens)
+    written = [*figure.layout.xaxis.ticktext, figure.data[0].text[0][0], figure.data[0].customdata[0][0]]
+    assert not any("$" in text for text in written)
+    assert [unescape(text) for text in written[:2]] == ["$x$<br>0", "$y$"]
+
+
+@pytest.mark.parametrize("title", [None, "<b>one</b><br>a title of a user's own that is longer than " + "that " * 20])
+def test_the_title_has_room_over_the_smallest_map(title: str | None) -> None:
+    figure = plot_lens(lens_of(("a",), [[["b"]]], (0,)), title)
+    shown = max(re.sub("<[^>]*>", "", figure.layout.title.text.replace("<br>", "\n")).split("\n"), key=len)
+    assert 6 * len(shown) < figure.layout.width < 9 * len(shown) + 100
+
+
+def test_a_long_target_leaves_room_for_its_line() -> None:
+    (line,) = plot_target_probs({" word" * 20: torch.rand(3)}).data
+    assert len(line.name) == 16 and line.hovertemplate.count("word") == 20
 
 
 def test_without_plotly(model: StandardizedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
