@@ -236,6 +236,8 @@ def _repeated(case: Case, layer: int, name: str) -> None:
     """Keys or values for each head of queries are each there as often as heads share it, and set together."""
     access, heads = getattr(case.model, name), case.model.num_heads
     once = _read(case)[layer, name]
+    is_usual = OLDER or case.model_type in MORE_KEYS or once.shape[1] == case.model.num_kv_heads
+    assert is_usual, f"{name}[{layer}] has {once.shape[1]} heads, and num_kv_heads is {case.model.num_kv_heads}"
     expected = torch.repeat_interleave(once, heads // once.shape[1], 1)
     with torch.no_grad(), case.model.trace(case.ids):
         seen = access.repeated[layer].save()
@@ -283,6 +285,8 @@ def probabilities(case: Case) -> None:
 
 #: Sinks take some of the probability.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "hy_v4", "inkling2_text", "mimo_v2_flash")
+#: It takes its keys once more for each of several rounds of queries, one after the other.
+MORE_KEYS = ("jetmoe",)
 #: Their eager weights are those of several runs of each layer, of other layers as well, or of tokens alone. In
 #: transformers 4 some families keep none, or others.
 MORE_WEIGHTS = ("blt", "cpmant", "hrm_text", "longcat_flash")
