@@ -80,8 +80,8 @@ def activation_patching(
     corrupted: Prompts,
     metric: Metric,
     sites: str | Sequence[str] = DEFAULT_SITES,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
+    positions: Sequence[int] | int | None = None,
     each_position: bool | None = None,
     batch_size: int = 32,
 ) -> PatchingResult:
@@ -108,7 +108,7 @@ def activation_patching(
         sites: names of accessors. The residual stream: ``layers_output``, ``layers_input``; attention:
             ``attentions_output`` (or ``mixers_output``, which layers without attention have too); ``mlps_output``; the
             inputs of those. By head: ``heads_output``, ``queries``, ``keys``, ``values`` (``num_kv_heads`` of these).
-        layers: the layers; all if None. Negative ones count from the last.
+        layers: one layer or several; all if None. Negative ones count from the last.
         positions: the positions; likewise.
         each_position: each position by itself, or all of ``positions`` together; if None together for heads alone.
         batch_size: how many rows go through the model at once.
@@ -138,8 +138,8 @@ def unpatched(
     clean: Prompts,
     corrupted: Prompts,
     metric: Metric,
-    layers: Sequence[int] | None,
-    positions: Sequence[int] | None,
+    layers: Sequence[int] | int | None,
+    positions: Sequence[int] | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, PatchingResult]:
     """The token ids of both kinds of prompts, (prompt, position), and a result with their metrics, and no sites yet."""
     pair = prompt_pair(model, clean, corrupted)

@@ -21,7 +21,7 @@ import torch
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import DEFAULT_SITES, PatchingResult, unpatched
 from nnterp.interventions.batching import progress
-from nnterp.interventions.metrics import Metric, measured
+from nnterp.interventions.metrics import Metric, check_gradients, measured
 from nnterp.interventions.sites import Prompts, Site, activations, chosen_kinds
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def attribution_patching(
     corrupted: Prompts,
     metric: Metric,
     sites: str | Sequence[str] = DEFAULT_SITES,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
+    positions: Sequence[int] | int | None = None,
     each_position: bool | None = None,
     steps: int | None = None,
 ) -> PatchingResult:
@@ -73,6 +73,7 @@ def attribution_patching(
         PromptPairError, UsageError, LayerIndexError, PositionError, MissingPartError, ClosedAttentionError: as there.
         CannotError: ``steps`` is given, and this family's token embeddings cannot be set.
     """
+    check_gradients()
     if steps is not None and steps < 1:
         raise UsageError(f"steps={steps}: give 1 or more, or None for the gradient of the corrupted run.")
     kinds = chosen_kinds(model, sites)

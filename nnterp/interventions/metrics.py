@@ -23,7 +23,17 @@ from nnterp.errors import UsageError
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-__all__ = ["Answer", "kl_divergence", "logit_difference", "loss", "measured", "Metric", "probability", "token_ids"]
+__all__ = [
+    "Answer",
+    "check_gradients",
+    "kl_divergence",
+    "logit_difference",
+    "loss",
+    "measured",
+    "Metric",
+    "probability",
+    "token_ids",
+]
 
 #: From logits (prompt, position, vocab) to one number for each prompt, (prompt).
 Metric = Callable[[torch.Tensor], torch.Tensor]
@@ -199,6 +209,19 @@ def _at(last: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return last.gather(-1, ids.to(last.device).expand(len(last))[:, None])[:, 0]
 
 
+def check_gradients() -> None:
+    """Say at once that no gradients can be had.
+
+    Raises:
+        UsageError: it is called inside ``torch.inference_mode()``, which cannot be left from within.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UsageError(
+            "Gradients are asked for inside torch.inference_mode(), where there are none: call it outside of that. "
+            "Inside torch.no_grad() it works."
+        )
+
+
 def measured(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
     """What a metric makes of logits (prompt, position, vocab): (prompt), float32, on their device.
 
@@ -210,7 +233,8 @@ def measured(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
     if isinstance(found, torch.Tensor) and found.ndim == 0 and prompts == 1:
         found = found[None]
     if not isinstance(found, torch.Tensor) or found.shape != (prompts,):
-        got = f"a tensor of shape {tuple(found.shape)}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+        is_tensor = isinstance(found, torch.Tensor)
+        got = f"a tensor of shape {tuple(found.shape)}" if is_tensor else f"a {type(found).__name__}"
         raise UsageError(
             f"The metric gave {got} for logits of shape {tuple(logits.shape)}, (prompt, position, vocab).\n"
             f"A metric gives one number for each prompt, a tensor of shape ({prompts},): "

@@ -103,28 +103,28 @@ def chosen_kinds(model: StandardizedTransformer, sites: str | Sequence[str]) -> 
     return kinds
 
 
-def chosen_layers(model: StandardizedTransformer, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers that were asked for, counted from 0, ascending; all if None.
+def chosen_layers(model: StandardizedTransformer, layers: Sequence[int] | int | None) -> tuple[int, ...]:
+    """The layers that were asked for, one or several, counted from 0, ascending; all if None.
 
     Raises:
         LayerIndexError: the model has no such layer.
         UsageError: none was given.
     """
-    wanted = range(model.num_layers) if layers is None else layers
+    wanted = range(model.num_layers) if layers is None else [layers] if isinstance(layers, int) else layers
     found = tuple(sorted({model.layers_output.position(layer) for layer in wanted}))
     if not found:
         raise UsageError("layers=[] leaves no layer to look at.")
     return found
 
 
-def chosen_positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
-    """The positions that were asked for, counted from 0, ascending; all if None.
+def chosen_positions(length: int, positions: Sequence[int] | int | None) -> tuple[int, ...]:
+    """The positions that were asked for, one or several, counted from 0, ascending; all if None.
 
     Raises:
         PositionError: the prompts have no such position.
         UsageError: none was given.
     """
-    wanted = range(length) if positions is None else positions
+    wanted = range(length) if positions is None else [positions] if isinstance(positions, int) else positions
     for position in wanted:
         if not -length <= position < length:
             raise PositionError(f"Position {position} is not there: the prompts have {length} tokens, counted from 0.")

@@ -19,7 +19,7 @@ import torch
 
 from nnterp.errors import UsageError
 from nnterp.interventions.batching import as_prompts, in_batches
-from nnterp.interventions.metrics import Metric, measured
+from nnterp.interventions.metrics import Metric, check_gradients, measured
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -62,6 +62,7 @@ def gradient_x_input(
         InputError: a prompt has no token, or more than the model has positions.
         CannotError: the family has no token embeddings.
     """
+    check_gradients()
     rows: list[torch.Tensor] = []
     for batch in map(list, in_batches(as_prompts(prompts), batch_size, "gradient x input")):
         embeddings, mask = _embeddings(model, batch)
@@ -107,6 +108,7 @@ def integrated_gradients(
         InputError: a prompt has no token, or more than the model has positions.
         CannotError: the family has no token embeddings.
     """
+    check_gradients()
     if steps < 1:
         raise UsageError(f"steps={steps} gives no point to take the gradient at: give 1 or more.")
     points, weights = numpy.polynomial.legendre.leggauss(steps)

@@ -10,7 +10,14 @@ import torch
 from nnsight_core.input_errors import EmptyPromptError
 from nnterp import StandardizedTransformer
 from nnterp.errors import LayerIndexError, MissingPartError, PositionError, PromptPairError, UsageError
-from nnterp.interventions import activation_patching, attribution_patching, logit_difference, path_patching
+from nnterp.interventions import (
+    activation_patching,
+    attribution_patching,
+    gradient_x_input,
+    integrated_gradients,
+    logit_difference,
+    path_patching,
+)
 from nnterp.interventions.sites import STREAMS
 from tests.matrix.models import Case, tiny_model
 from tests.nnterp import patching_oracle as oracle
@@ -183,3 +190,33 @@ def test_a_model_whose_passes_differ_is_refused(method: Any) -> None:
     for model in (noisy, inside, still):
         result = method(model, *ids, lambda logits: logits[:, -1, 7], "attentions_output")
         assert result["attentions_output"].isfinite().all()
+
+
+@pytest.mark.parametrize("method", [activation_patching, attribution_patching, path_patching])
+def test_one_layer_and_one_position_need_no_list(demo_gpt2: StandardizedTransformer, method: Any) -> None:
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, 7]
+
+    ids = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[3, 9, 5, 6]])
+    one = method(demo_gpt2, *ids, metric, "mlps_output", layers=-2, positions=1)
+    several = method(demo_gpt2, *ids, metric, "mlps_output", layers=[-2], positions=[1])
+    assert torch.equal(one["mlps_output"], several["mlps_output"]) and one["mlps_output"].shape == (1, 1)
+    assert (one.layers, one.positions) == ((demo_gpt2.num_layers - 2,), (1,))
+
+
+def test_a_metric_that_leaves_torch_is_called_by_its_type(demo_gpt2: StandardizedTransformer) -> None:
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with pytest.raises(UsageError, match="The metric gave a ndarray for logits"):
+        activation_patching(demo_gpt2, ids, ids, lambda logits: logits[:, -1, 7].numpy())
+
+
+def test_no_gradients_inside_inference_mode(demo_gpt2: StandardizedTransformer) -> None:
+    ids = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[3, 9, 5, 6]])
+    calls = (
+        lambda: attribution_patching(demo_gpt2, *ids, lambda logits: logits[:, -1, 7]),
+        lambda: gradient_x_input(demo_gpt2, "Paris is"),
+        lambda: integrated_gradients(demo_gpt2, "Paris is"),
+    )
+    for call in calls:
+        with torch.inference_mode(), pytest.raises(UsageError, match=r"inside torch\.inference_mode"):
+            call()
