@@ -15,8 +15,9 @@ import torch
 
 from nnsight_core.carried import standing
 from nnsight_core.copies import with_tensors
-from nnsight_core.dry_run import Place, run_dry
+from nnsight_core.dry_run import Inside, Place, run_dry
 from nnsight_core.fold_order import made_distinct, rows_follow
+from nnsight_core.kinds import Derived
 from nnsight_core.operations import is_operation
 from nnsight_core.shapes import ShapesOnly
 from nnsight_core.values import tensors_in
@@ -89,9 +90,9 @@ class BatchAxes:
         self._call: Any = (args, kwargs)
         self._sizes = tuple(sizes)
         self._gives_rows = gives_rows
-        #: By the class of the modules whose operations were looked at, None for the modules themselves; and by whether
-        #: every row was padded.
-        self._found: dict[tuple[type[torch.nn.Module] | None, bool], _Found] = {}
+        #: By what was looked into, None for the modules' own values; by whether every row was
+        #: padded; and by what was worked out of their calls.
+        self._found: dict[tuple[Inside, bool, Derived | None], _Found] = {}
 
     @property
     def of_inputs(self) -> Axes:
@@ -166,10 +167,21 @@ class BatchAxes:
 
     def _axis(self, place: Place, shape: tuple[int, ...], call: Any) -> Axis:
         # Layers of one kind are mostly asked about together, and are looked into together.
-        key = type(place[0]) if is_operation(place[1]) else None, call is not self._call
+        derived = place[1] if isinstance(place[1], Derived) else None
+        inside = place[0] if derived is not None else type(place[0]) if is_operation(place[1]) else None
+        key = inside, call is not self._call, derived
         if key not in self._found:
-            self._found[key] = self._observed(call, key[0])
-        answers = {_axis(shapes, self._sizes) for shapes in self._found[key].get(place, ()) if shapes[0] == shape}
+            self._found[key] = self._observed(call, inside, derived)
+        found, total = self._found[key], sum(self._sizes) * self.spread
+        if (
+            found
+            and inside is None
+            and shape[0] == total not in shape[1:]
+            and all(each[0] != place[0] for each in found)
+        ):
+            # The model itself does not call the module: an edit or a body does, on what is there for all inputs.
+            return 0, self.spread
+        answers = {_axis(shapes, self._sizes) for shapes in found.get(place, ()) if shapes[0] == shape}
         if len(answers) != 1 or isinstance(answer := answers.pop(), str):
             raise LookupError
         return answer
@@ -183,11 +195,11 @@ class BatchAxes:
             start += many
         return calls
 
-    def _observed(self, call: Any, inside: type[torch.nn.Module] | None) -> _Found:
+    def _observed(self, call: Any, inside: Inside, derived: Derived | None) -> _Found:
         """For each place, the shapes in each run, call by call."""
         try:
             # Paths and shapes may depend on the numbers, and models take other paths where they see fake tensors.
-            runs = _shapes(self._root, self._calls(call), not _is_there(self._root), inside)
+            runs = _shapes(self._root, self._calls(call), not _is_there(self._root), inside, derived)
         except Exception:  # noqa: BLE001 - what a call holds may refuse to be copied
             runs = None
         found: _Found = {}
@@ -248,7 +260,11 @@ def _axis(shapes: list[tuple[int, ...]], sizes: tuple[int, ...]) -> Axis | str:
 
 
 def _shapes(
-    root: torch.nn.Module, calls: list[Any], fake: bool, inside: type[torch.nn.Module] | None = None
+    root: torch.nn.Module,
+    calls: list[Any],
+    fake: bool,
+    inside: Inside = None,
+    derived: Derived | None = None,
 ) -> list[dict[Place, list[tuple[int, ...]]]] | None:
     """The shapes at each place in runs of these calls; None if there is one that cannot be run."""
     runs = []
@@ -260,7 +276,7 @@ def _shapes(
                 for path, tensor in tensors_in(value):
                     seen.setdefault((module, kind, path), []).append(tuple(tensor.shape))
 
-            run_dry(root, call, note, ShapesOnly.here() if fake else None, inside)
+            run_dry(root, call, note, ShapesOnly.here() if fake else None, inside, derived)
             runs.append(seen)
     except Exception:  # noqa: BLE001 - a model may raise anything at all; then nothing is known
         return None

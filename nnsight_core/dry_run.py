@@ -11,6 +11,7 @@ import torch
 
 from nnsight_core.compiled import Eager, is_compiled
 from nnsight_core.hooks import observing
+from nnsight_core.kinds import Derived
 from nnsight_core.operations import Memory, Tap
 from nnsight_core.shapes import ShapesOnly
 from nnsight_core.sites import Site
@@ -23,13 +24,17 @@ Place = tuple[torch.nn.Module, str, tuple[Any, ...]]
 #: Called with a module, what of it comes by, the value, and, for an operation, what gives the line of its call.
 Note = Callable[[torch.nn.Module, str, Any, "Callable[[], Site] | None"], None]
 
+#: A module, or all modules of a class, whose inside somebody looks into.
+Inside = torch.nn.Module | type[torch.nn.Module] | None
+
 
 def run_dry(
     root: torch.nn.Module,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     note: Note,
     shapes: ShapesOnly | None,
-    inside: torch.nn.Module | type[torch.nn.Module] | None = None,
+    inside: Inside = None,
+    derived: Derived | None = None,
 ) -> None:
     """Run a copy of ``root``, and tell ``note`` what each of its modules takes and gives.
 
@@ -39,6 +44,7 @@ def run_dry(
         note: told of every value, with the model's own modules.
         shapes: makes fake tensors; None runs with numbers.
         inside: the module whose operations ``note`` is told of, too, or the class of such modules.
+        derived: what is worked out of the calls of the module ``inside``, and told in the place of its operations.
 
     Raises:
         Exception: whatever the model raises, or ``note`` does.
@@ -46,10 +52,18 @@ def run_dry(
     # It takes the blow: counters, batch statistics, whatever a forward writes down.
     twin = Twin(root, shapes)
 
-    def told(module: torch.nn.Module, kind: str, value: Any, site: Callable[[], Site] | None = None) -> None:
-        note(twin.original(module), kind, value, site)
+    calls: dict[torch.nn.Module, Any] = {}
 
-    for module in twin.module.modules():
+    def told(module: torch.nn.Module, kind: str, value: Any, site: Callable[[], Site] | None = None) -> None:
+        original = twin.original(module)
+        note(original, kind, value, site)
+        if derived is not None and original is inside:
+            if kind == "input":
+                calls[module] = value
+            else:
+                note(original, derived, derived.get((module, calls.pop(module), value)), None)
+
+    for module in twin.module.modules() if derived is None else ():
         if type(module) is inside or (inside is not None and twin.original(module) is inside):
             _tap(module, told)
     args, kwargs = twin.own(call)

@@ -49,6 +49,10 @@ class Slot:
         self.edit = weakref.ref(edit)
         self.number = number
 
+    def __reduce__(self) -> Any:
+        # In a copy of the model it is the copy's edit.
+        return Slot, (self.edit(), self.number)
+
 
 class Written:
     """What a proxy of an edit stands for: a step, and what it gave in the last trace if that was to be kept."""

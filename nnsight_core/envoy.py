@@ -276,8 +276,9 @@ class Envoy:
         if trace is None:
             raise NoTraceError(label, user_site())
         step = None if self._is_result else trace.step_of(module)
-        over = module in tree.written_over and kind == "output"
-        asked = Asked(module, kind, label, site or user_site(), tree.ancestors(module), step, None, setting, over)
+        ancestors = tree.ancestors(module)
+        over = tree.works_in_place or (module in tree.written_over and kind == "output")
+        asked = Asked(module, kind, label, site or user_site(), ancestors, step, None, setting, over)
         if call is not None:
             asked.call = call, trace.counter_of(asked)
         return trace.ask(asked, view)

@@ -21,7 +21,19 @@ class Event:
     looked up only if an error is to show it.
     """
 
-    __slots__ = ("call", "current", "kind", "label", "memory", "module", "replaced", "rows", "site", "value")
+    __slots__ = (
+        "call",
+        "current",
+        "is_copied",
+        "kind",
+        "label",
+        "memory",
+        "module",
+        "replaced",
+        "rows",
+        "site",
+        "value",
+    )
 
     def __init__(
         self,
@@ -46,6 +58,8 @@ class Event:
         self.memory = memory
         #: Of a module's result: the call that gave it, as long as it is under way.
         self.call = call
+        #: The model may write into the value later, and cannot do so in a copy: clients get copies.
+        self.is_copied = False
         #: The model waits at this event; once it has gone on, nothing can be changed here any more.
         self.current = True
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from nnsight_core.dry_run import Place, run_dry
+from nnsight_core.dry_run import Inside, Place, run_dry
+from nnsight_core.kinds import Derived
 from nnsight_core.operations import is_operation
 from nnsight_core.values import tensors_in
 
@@ -107,16 +108,19 @@ def _entries(root: torch.nn.Module, call: Any, place: Place, axis: int, length: 
     at the same of other modules.
     """
     module, kind, path = place
+    derived = kind if isinstance(kind, Derived) else None
+    is_inside = derived is not None or is_operation(kind)
     found: dict[Place, list[_Entries]] = {}
 
     def note(one: torch.nn.Module, its: str, value: Any, site: Any) -> None:
-        if is_operation(kind) and its != kind:
+        if is_inside and its != kind:
             return
         for where, tensor in tensors_in(value):
-            if tensor.ndim > axis and tensor.shape[axis] == length and (where == path or not is_operation(kind)):
+            if tensor.ndim > axis and tensor.shape[axis] == length and (where == path or not is_inside):
                 found.setdefault((one, its, where), []).append(_marked(tensor.detach(), axis))
 
-    run_dry(root, call, note, None, type(module) if is_operation(kind) else None)
+    inside: Inside = module if derived is not None else type(module) if is_inside else None
+    run_dry(root, call, note, None, inside, derived)
     return found
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from nnsight_core.arguments import PENDING, pending_tape, unwrap
 from nnsight_core.proxy import Proxy
-from nnsight_core.values import first_argument, is_pair, with_entry, with_first_argument
+from nnsight_core.values import first_argument, fitting_call, is_pair, map_tensors, with_entry, with_first_argument
 
 
 class InputProxy(Proxy):
@@ -38,9 +40,9 @@ class InputProxy(Proxy):
             return
         value = value._get() if issubclass(type(value), InputProxy) else unwrap(value)
         if is_pair(value):
-            Proxy._put(self, value)
+            Proxy._put(self, fitting_call(self._get(), value))
         else:
-            self._put(value)
+            self._put(map_tensors(torch.clone, value))
 
     def set_result(self, value: Any) -> None:
         """Let the call give ``value`` without being made."""
@@ -50,7 +52,8 @@ class InputProxy(Proxy):
             return
         place = self._place()
         assert place is not None
-        place.write(unwrap(value))
+        # As everything that is set it is copied, for the model may write into it.
+        place.write(map_tensors(torch.clone, unwrap(value)))
 
     def _seen(self, part: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]) -> Any:
         def put_in_pair(pair: Any, part: Any) -> Any:

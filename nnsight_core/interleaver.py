@@ -33,7 +33,7 @@ from nnsight_core.hooks import HookBoard
 from nnsight_core.kernels import Shut
 from nnsight_core.kinds import Derived, Whole
 from nnsight_core.observers import Note, Observers
-from nnsight_core.operations import Memory, is_operation
+from nnsight_core.operations import Memory, is_operation, shares_memory
 from nnsight_core.rows import Rows
 from nnsight_core.sites import Site, is_run_again_for_gradients, user_site
 from nnsight_core.taps import Deliver
@@ -226,6 +226,9 @@ class Interleaver:
         first = self._waiting[clients[0]]
         outer, calls = self.event, self._calls
         self.event = event = Event(module, kind, first.label, value, first.site, self._rows, memory, call)
+        if first.written_over:
+            # What others hold too has to stay in its memory: then clients get copies, and else the model does.
+            event.is_copied = not (kind == "output" or memory == "own") or shares_memory(value, call)
         self._is_aside = True
         del value, call
         try:
@@ -258,7 +261,7 @@ class Interleaver:
         changed = (event.value,) if event.replaced else None
         if self.step is not None:
             self._handed_out.add(event.value)
-        if first.written_over:
+        if first.written_over and (event.replaced or not event.is_copied):
             # What the clients hold stays as it was when they got it.
             changed = (map_tensors(torch.clone, event.value),)
         event.value = None

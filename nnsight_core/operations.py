@@ -243,7 +243,7 @@ class Tap(TorchFunctionMode):
             else result is target and _version(target) != before
         )
         value = target if in_place else result
-        memory: Memory = "shared" if _shares_memory(value, (args, kwargs)) else "own"
+        memory: Memory = "shared" if shares_memory(value, (args, kwargs)) else "own"
         changed = self._show(f"{kind}.output", value, "in place" if in_place else memory)
         if changed is None:
             return result
@@ -275,7 +275,8 @@ class Tap(TorchFunctionMode):
             self._is_busy = False
 
 
-def _shares_memory(value: Any, given: Any) -> bool:
+def shares_memory(value: Any, given: Any) -> bool:
+    """Whether a tensor in ``value`` lies in the memory of one in ``given``."""
     tensors: list[torch.Tensor] = []
     map_tensors(tensors.append, given)
     memory = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}

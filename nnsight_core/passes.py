@@ -169,7 +169,8 @@ class Part:
             whole = self.tape.ask(asked)
             return whole if view is None else whole.as_part(*view)
         event = self.live.ask(asked)
-        if view is None and self.rows is None and event.kind == "output" and type(event.value) is torch.Tensor:
+        is_plain = event.kind == "output" and type(event.value) is torch.Tensor and not event.is_copied
+        if view is None and self.rows is None and is_plain:
             # What most accesses come to, by the shortest way.
             return self.scope.wrap(event.value, event, event.site)
         return self.proxy(event, view)
@@ -195,7 +196,11 @@ class Part:
         # A call that a body made on its own rows holds no others.
         is_call, rows = event.is_call, self.rows if event.rows is None else None
         if rows is None:
-            return self.scope.proxy(event.value, event, is_call, event.site)
+            value = self.scope.copied(event.value) if event.is_copied else event.value
+            if event.kind == "skip" and event.replaced:
+                # Somebody else has skipped it already; the last to do so says what it gives.
+                value = (None,), {}
+            return self.scope.proxy(value, event, is_call, event.site)
         place = (event.module, event.kind, ())
         try:
             part = rows.take(event.value, place)
@@ -205,6 +210,8 @@ class Part:
         if self.wants_gradients and torch.is_grad_enabled():
             # What is cut out is no part of the way to the loss; put back, it is, and gradients come by it.
             event.write(rows.put(event.value, part, place))
+        if event.is_copied:
+            part = self.scope.copied(part)
         return self.scope.proxy(part, event.origin(rows), is_call, event.site)
 
     def _inside(self, event: Event) -> Any:
@@ -244,7 +251,8 @@ class Part:
         # The whole value has no proxy that anybody could have, so none is made for it.
         read, write, scope = event.read, event.write, self.scope
         origin = Origin(event, lambda: get(read(), scope), lambda part: write(put(read(), part)))
-        return scope.wrap(get(event.value, scope), origin, event.site)
+        part = get(event.value, scope)
+        return scope.wrap(scope.copied(part) if event.is_copied else part, origin, event.site)
 
     def place(self, rows: Rows | None, batch: Call) -> None:
         """Say where in the batch this body's input stands."""

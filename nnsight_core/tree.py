@@ -48,6 +48,8 @@ class Tree:
         self.edits = Edits()
         #: Modules into whose output the model writes after they have given it.
         self.written_over: frozenset[torch.nn.Module] = frozenset()
+        #: Some modules work in place, as ``ReLU(inplace=True)``: any value that is read may be written over.
+        self.works_in_place = False
         #: Gives arguments to run a root with where nothing is traced, and keyword arguments; None if unknown.
         self.example: Callable[[torch.nn.Module], Pair | None] = _no_example
         #: What is to be loaded before the model can run; None once it is.
@@ -152,6 +154,7 @@ class Tree:
 
     def _index(self) -> None:
         self._parents.clear()
+        self.works_in_place = any(getattr(each, "inplace", False) is True for each in self.root.modules())
         for parent in self.root.modules():
             for child in parent.children():
                 self._parents.setdefault(child, []).append(parent)

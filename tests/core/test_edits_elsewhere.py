@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +202,20 @@ def test_what_is_given_to_an_edit_is_copied(name: str, model: NNsight, module: A
     assert number(given) != 1
     torch.testing.assert_close(edited(X), before)
     torch.testing.assert_close(before, module.two(module.one(X) * 3))
+
+
+@torch.no_grad()
+def test_a_copy_of_an_edited_model_has_the_edits_on_modules_of_its_own(model: NNsight, module: Any) -> None:
+    with model.edit() as edited:
+        hidden = edited.one.output
+        edited.two.input = hidden * 2
+        edited.two.output[:, :1] += hidden[:, :1]
+    right = edited(X)
+    copied = copy.deepcopy(edited)
+    torch.testing.assert_close(copied(X), right)
+    with copied.trace(X):
+        output = copied.output.save()
+    torch.testing.assert_close(output.value, right)
+    copied._module.one.weight.data.zero_()
+    torch.testing.assert_close(edited(X), right)
+    assert not torch.equal(copied(X), right)

@@ -125,3 +125,37 @@ def test_a_forward_of_ones_own_is_put_back_and_threads_share_a_module() -> None:
         thread.join()
     assert wrong == []
     assert net[0].__dict__["forward"] is own
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return x, {"twice": x * 2}
+
+
+class Sum(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = self.pair(x)
+        return one + other["twice"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [1, 2])
+def test_of_several_who_skip_a_module_the_last_says_what_it_gives(number: int) -> None:
+    x, model = torch.ones(2, 3), NNsight(Sum())
+    edited = model
+    for _ in range(number):
+        with edited.edit() as again:
+            value = again.pair.input
+            again.pair.skip((value * 3, {"twice": value}))
+        edited = again
+    with edited.trace(x):
+        edited.pair.skip((x * 5, {"twice": x}))
+        output = edited.output.save()
+    assert torch.equal(output.value, x * 6)
+    with edited.trace(x):
+        output = edited.output.save()
+    assert torch.equal(output.value, x * 4) and torch.equal(edited(x), x * 4) and torch.equal(model(x), x * 3)

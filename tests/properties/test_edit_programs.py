@@ -24,11 +24,13 @@ from tests.properties.test_invoke_programs import SETTINGS, WIDTH, Body, Invoked
 def _cases(draw: st.DrawFn, alone: bool = False) -> tuple[nn.Module, tuple[Body, ...], Program]:
     model = draw(invokes._models(False))
     order = oracle.order(model, torch.ones(1, WIDTH, dtype=torch.float64))
-    edits = tuple(draw(invokes._bodies(order, 0, False)) for _ in range(draw(st.integers(1, 3))))
+    # What an edit or a single body skips does not run for anybody, so that others may not ask for what is inside.
+    edits = tuple(draw(invokes._bodies(order, 0, False, skips=False)) for _ in range(draw(st.integers(1, 3))))
     sizes = [draw(st.integers(1, 2))]
     if not alone:
         sizes = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any))
-    return model, edits, Program(tuple(draw(invokes._bodies(order, rows, False)) for rows in sizes))
+    bodies = tuple(draw(invokes._bodies(order, rows, False, skips=not alone)) for rows in sizes)
+    return model, edits, Program(bodies)
 
 
 class Edited(Invoked):

@@ -116,7 +116,7 @@ PLAIN_KINDS = ["read", "save", "combine", "slice", "row", "add", "replace", "met
 
 
 @st.composite
-def _bodies(draw: st.DrawFn, order: Any, rows: int, looks: bool) -> Body:
+def _bodies(draw: st.DrawFn, order: Any, rows: int, looks: bool, skips: bool = True) -> Body:
     visits: list[Visit] = []
     until = -1
     for index in sorted(draw(st.sets(st.sampled_from(range(len(order))), min_size=1, max_size=4))):
@@ -128,7 +128,7 @@ def _bodies(draw: st.DrawFn, order: Any, rows: int, looks: bool) -> Body:
             Step(kind, draw(st.sampled_from(paths)), draw(st.integers(0, 9)), draw(st.sampled_from([0.5, -2.0])))
             for kind in kinds
         ]
-        if place[0] and place[1] == "input" and draw(st.booleans()):
+        if skips and place[0] and place[1] == "input" and draw(st.booleans()):
             end = (place[0], "output")
             until, gives = next((i, gives) for i, (each, gives) in enumerate(order) if i > index and each == end)
             # It gives its input, changed; where it gives two tensors, that and its input.
