@@ -6,6 +6,7 @@ plot_patching(activation_patching(model, clean, corrupted, metric)).write_html("
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import unescape
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from nnterp.errors import UsageError
 from nnterp.interventions.activation_patching import PatchingResult
 from nnterp.interventions.sweep import SweepResult
+from nnterp.lens_table import cells
 from nnterp.pictures.drawing import as_label, check_plotly
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ __all__ = ["plot_patching"]
 ROW, COLUMN, BETWEEN, AROUND = 26, 62, 100, 190
 #: Pixels of a letter in a label, and how wide a column may become for its label.
 LETTER, WIDEST = 7, 130
-NARROWEST = 620
+#: A title and the bar of colours take so many pixels, however little there is to show.
+NARROWEST, LOWEST = 620, 120
+#: Longer tokens are cut under the map, and stand in full where one points.
+LONGEST = 16
 #: So many cells in a map still have room for their numbers.
 NUMBERED = 400
 
@@ -65,8 +70,7 @@ def plot_patching(
     is_part = relative and isinstance(result, PatchingResult)
     maps = [_map(result, kind, is_part) for kind in kinds]
     rows = len(result.layers)
-    heights = [ROW * rows] * len(kinds)
-    total = sum(heights) + BETWEEN * (len(kinds) - 1)
+    total = max(ROW * rows * len(kinds), LOWEST) + BETWEEN * (len(kinds) - 1)
     figure = make_subplots(
         rows=len(kinds),
         cols=1,
@@ -86,13 +90,14 @@ def plot_patching(
 def _draw(figure: Figure, row: int, result: SweepResult, kind: str, values: torch.Tensor, unit: str) -> None:
     """One map of the figure, (layer, column)."""
     labels = _columns(result, kind)[0]
+    names = [label.replace("<br>", " ") for label in _columns(result, kind, None)[0]]
     figure.add_heatmap(
         z=values.tolist(),
         coloraxis="coloraxis",
         text=_numbers(values),
         texttemplate="%{text}",
         textfont_size=11,
-        customdata=[[[layer, label.replace("<br>", " ")] for label in labels] for layer in result.layers],
+        customdata=[[[layer, name] for name in names] for layer in result.layers],
         hovertemplate=f"layer %{{customdata[0]}}<br>%{{customdata[1]}}<br>{unit} %{{z:.3f}}<extra></extra>",
         xgap=1,
         ygap=1,
@@ -111,7 +116,12 @@ def _lay_out(figure: Figure, height: int, width: int, largest: float, unit: str,
         height=height + AROUND,
         width=max(NARROWEST, width + AROUND),
         margin={"t": 90, "b": 80},
-        coloraxis={"colorscale": "RdBu_r", "cmin": -largest, "cmax": largest, "colorbar": {"title": unit}},
+        coloraxis={
+            "colorscale": "RdBu_r",
+            "cmin": -largest,
+            "cmax": largest,
+            "colorbar": {"title": unit, "lenmode": "pixels", "len": min(300, height), "y": 1, "yanchor": "top"},
+        },
     )
     figure.update_xaxes(showgrid=False, zeroline=False, tickangle=0)
     figure.update_yaxes(showgrid=False, zeroline=False)
@@ -128,8 +138,8 @@ def _map(result: SweepResult, kind: str, is_part: bool) -> torch.Tensor:
     return values if values.ndim == 2 else values[:, None]
 
 
-def _columns(result: SweepResult, kind: str) -> tuple[list[str], str]:
-    """The labels of the columns, and what they are."""
+def _columns(result: SweepResult, kind: str, longest: int | None = LONGEST) -> tuple[list[str], str]:
+    """The labels of the columns, their tokens cut to so many characters, and what they are."""
     if result.axes[kind][-1] == "layer":
         return ["all positions together"], ""
     if result.axes[kind][-1] == "head":
@@ -137,9 +147,9 @@ def _columns(result: SweepResult, kind: str) -> tuple[list[str], str]:
     clean = result.clean_tokens if isinstance(result, PatchingResult) else result.tokens
     labels = []
     for position in result.positions:
-        here, there = as_label(result.tokens[position]), as_label(clean[position])
-        mark = "" if here == there else f"<br>({there})"
-        labels.append(f"{here}<br>{position}{mark}")
+        here, there = result.tokens[position], clean[position]
+        mark = "" if here == there else f"<br>({as_label(there, longest)})"
+        labels.append(f"{as_label(here, longest)}<br>{position}{mark}")
     return labels, "token and position; in brackets the token of the clean prompt, where it differs"
 
 
@@ -150,7 +160,7 @@ def _ticks(labels: Iterable[str]) -> dict[str, object]:
 
 def _width(labels: Sequence[str]) -> int:
     """Pixels of a map whose columns have room for their labels."""
-    longest = max(len(line) for label in labels for line in label.split("<br>"))
+    longest = max(cells(unescape(line)) for label in labels for line in label.split("<br>"))
     return len(labels) * max(COLUMN, min(LETTER * longest + LETTER, WIDEST))
 
 

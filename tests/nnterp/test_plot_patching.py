@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,22 @@ def test_without_plotly_it_is_said_what_to_install(
     words = ["--answers", " a", " b", "--model", "no-such-model", "--html", str(tmp_path / "maps.html")]
     assert main(["patch", "a", "b", *words]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_a_single_site_and_long_tokens_have_room() -> None:
+    tokens = (" word" * 8, "$a$")
+    result = PatchingResult(
+        values={"mlps_output": torch.tensor([[[0.5, 1.0]]])},
+        axes={"mlps_output": ("layer", "position")},
+        before=torch.zeros(1),
+        layers=(3,),
+        positions=(0, 1),
+        tokens=tokens,
+        clean=torch.ones(1),
+        clean_tokens=(tokens[0], "$b$"),
+    )
+    figure = plot_patching(result)
+    first, second = figure.layout.xaxis.ticktext
+    assert len(first.removesuffix("<br>0")) == 16 and unescape(second) == "$a$<br>1<br>($b$)"
+    assert figure.data[0].customdata[0][0][1].count("word") == 8
+    assert figure.layout.coloraxis.colorbar.len >= 100 and figure.layout.coloraxis.colorbar.lenmode == "pixels"
