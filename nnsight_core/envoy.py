@@ -17,7 +17,7 @@ from nnsight_core.sites import Site, user_site
 from nnsight_core.source import Source
 from nnsight_core.tree import NO_NAMES, Names, Tree, annotations_of
 from nnsight_core.tree_text import tree_text
-from nnsight_core.values import fitting
+from nnsight_core.values import fitting_copy
 
 #: Attributes of these kinds are those of a module with or without weights.
 _ALWAYS_THE_SAME = (bool, int, float, str, type(None))
@@ -301,7 +301,7 @@ class Envoy:
         if kind.endswith("input"):
             current.set_call(value)
         else:
-            current.update_value(fitting, value)
+            current.update_value(fitting_copy, value)
 
     @property
     def output(self) -> Any:

@@ -26,13 +26,19 @@ def is_dataclass_value(value: Any) -> bool:
 
 
 def fitting(old: Any, new: Any) -> Any:
-    """``new`` for the place of ``old``: a plain number in the place of a tensor fills it, and another tensor is copied,
-    for the model may write into what it goes on with.
+    """``new`` for the place of ``old``: a plain number in the place of a tensor fills it.
 
     >>> fitting(torch.ones(2), 3)
     tensor([3., 3.])
     """
-    return new.clone() if isinstance(new, torch.Tensor) and new is not old else _filled(old, new)
+    if isinstance(old, torch.Tensor) and isinstance(new, (int, float)):
+        return torch.full_like(old, new)
+    return new
+
+
+def fitting_copy(old: Any, new: Any) -> Any:
+    """The same, and a copy of another tensor: the model may write into what it goes on with."""
+    return new.clone() if isinstance(new, torch.Tensor) and new is not old else fitting(old, new)
 
 
 def fitting_call(old: Pair, new: Pair) -> Pair:
@@ -48,11 +54,6 @@ def fitting_call(old: Pair, new: Pair) -> Pair:
 
     args, kwargs = new
     return tuple(own(each) for each in args), kwargs and {name: own(each) for name, each in kwargs.items()}
-
-
-def _filled(old: Any, new: Any) -> Any:
-    is_number = isinstance(old, torch.Tensor) and isinstance(new, (int, float))
-    return torch.full_like(old, new) if is_number else new
 
 
 def with_item(container: tuple[Any, ...], index: Any, item: Any) -> tuple[Any, ...]:
@@ -240,10 +241,10 @@ def with_first_argument(pair: Pair, value: Any) -> Pair:
     """The call ``pair`` with its first argument replaced by ``value``."""
     args, kwargs = pair
     if args:
-        return (_filled(args[0], value), *args[1:]), kwargs
+        return (fitting(args[0], value), *args[1:]), kwargs
     if kwargs:
         name = next(iter(kwargs))
-        return args, {**kwargs, name: _filled(kwargs[name], value)}
+        return args, {**kwargs, name: fitting(kwargs[name], value)}
     return (value,), kwargs
 
 

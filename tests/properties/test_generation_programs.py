@@ -331,6 +331,13 @@ def test_each_prompt_goes_its_own_way(case: tuple[Writer, Program]) -> None:
     check_program(*case)
 
 
+def test_a_cache_that_is_an_argument_beside_one_that_is_set_stays_the_models_own() -> None:
+    visit = Visit(("parts.0", "input"), (0, 0), "replace", 0.5)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        check_program(Writer([Attention()]).eval(), Program((((), (), ()), ((), (visit,), ())), 2))
+
+
 # Twins: the harness sees an engine that is wrong.
 
 
