@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nnterp.commands.terminal import (
 from nnterp.interventions.logit_lens import LensResult, lens_tokens
 from nnterp.lens_table import cells, fit, lens_table, visible
 from nnterp.pictures import check_figure_file, plot_lens, save_figure
+from nnterp.pictures.drawing import as_text
 from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["run"]
@@ -78,7 +78,7 @@ def _title(name: str, prompt: str) -> str:
     """The heading of a heat map, which plotly takes for HTML."""
     text = visible(prompt, marks={" ": " "})
     text = text if len(text) <= TITLE_LETTERS else f"…{text[-TITLE_LETTERS:]}"
-    return escape(f'Logit lens: the next token in {name} after each layer of "{text}"', quote=False)
+    return as_text(f'Logit lens: the next token in {name} after each layer of "{text}"')
 
 
 def _heading(name: str, prompt: str) -> str:

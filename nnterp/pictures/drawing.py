@@ -31,5 +31,14 @@ def as_label(text: str, longest: int | None = None) -> str:
     shown = visible(text)
     if longest is not None and len(shown) > longest:
         shown = f"{shown[: longest - 1]}…"
-    # Between two dollars plotly sets formulas, wherever MathJax is at hand, as it is in notebooks.
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace("$", "&#36;")
+    return as_text(shown)
+
+
+def as_text(text: str) -> str:
+    """Text as it stands: for plotly, which takes it for HTML and, between two dollars, for a formula, wherever MathJax
+    is at hand, as it is in notebooks.
+
+    >>> as_text("<b> $x$")
+    '&lt;b> &#36;x&#36;'
+    """
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("$", "&#36;")

@@ -59,9 +59,12 @@ def test_the_heat_map(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     # A page of its own, which fetches nothing, of all positions; a prompt is no HTML.
     assert "plotly.js v" in text and re.search(r"<script[^>]+src=", text) is None
     figure = text.split("Plotly.newPlot(")[-1]
-    assert '\\"&lt;b&gt;\\"' in figure and "\\u003cb\\u003e" not in figure
+    assert '\\"&lt;b\\u003e\\"' in figure and "\\u003cb\\u003e" not in figure
     assert [text.count(f"(position {position})") for position in range(4)] == [3, 3, 3, 0]
     assert capsys.readouterr().out.endswith(f"heat map: {page}\n")
+    # Nor is it a formula.
+    assert main(["lens", "$x$", "--model", model, "--html", str(page), "--top", "1"]) == 0
+    assert "$x$" not in page.read_text(encoding="utf-8").split("Plotly.newPlot(")[-1]
 
 
 def test_several_prompts_number_their_heat_maps(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
