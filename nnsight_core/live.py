@@ -85,6 +85,11 @@ class LiveClient:
         now = self._interleaver.step
         return now is not None and now >= step
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the pass was stopped, so that nothing more comes."""
+        return self._interleaver.stopped_at is not None
+
     def advance(self, event: Event) -> None:
         """The model's side: the value is there."""
         self._answer = event

@@ -68,6 +68,8 @@ class Steps:
         part.step = step
         if part.live.is_in_step(step):
             return True
+        if part.live.is_stopped and not needed:
+            return False
         site, label = user_site(), f"tracer.iter[{step}]"
         end = Asked(self._result._module, "input", label, site, (), None)
         begins = Asked(self._root, "input", label, site, (), step, otherwise=None if needed else end)

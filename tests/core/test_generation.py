@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnsight_core import LanguageModel, OutOfOrderError, StepNotRunError
+from nnsight_core import LanguageModel, OutOfOrderError, StepNotRunError, TraceStoppedError
 from tests.families import tiny_model
 
 PROMPT, SHORT = [5, 6, 7, 8, 9], [3, 4]
@@ -167,3 +167,19 @@ def test_stopping_in_the_middle_of_a_generation() -> None:
     assert len(ran) == 1
     assert hidden.shape[1] == 1
     assert torch.is_grad_enabled()
+
+
+def test_a_stop_ends_an_open_loop_and_is_an_error_where_steps_are_numbered() -> None:
+    model = LanguageModel(tiny_model("gpt2"))
+    seen: list[int] = []
+    with model.generate(PROMPT, **GREEDY) as tracer:
+        for step in tracer.iter[:]:
+            seen.append(step)
+            hidden = model.transformer.h[1].output.save()
+            if step == 1:
+                tracer.stop()
+    assert seen == [0, 1] and hidden.shape == (1, 1, 64)
+    with pytest.raises(TraceStoppedError, match=r"tracer\.iter\[1\]"), model.generate(PROMPT, **GREEDY) as tracer:
+        for _ in tracer.iter[0:3]:
+            hidden = model.transformer.h[1].output.save()
+            tracer.stop()
