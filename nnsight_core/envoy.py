@@ -16,7 +16,7 @@ from nnsight_core.scope import Scope, hooked_call
 from nnsight_core.sites import Site, user_site
 from nnsight_core.source import Source
 from nnsight_core.tree import NO_NAMES, Names, Tree, annotations_of
-from nnsight_core.tree_text import tree_text
+from nnsight_core.tree_text import described, place_below, tree_text
 from nnsight_core.values import fitting_copy
 
 #: Attributes of these kinds are those of a module with or without weights.
@@ -84,7 +84,7 @@ class Envoy:
             if self._tree.unloaded is not None and self._tree.unloaded.alters(name, None):
                 self._tree.load()
                 return getattr(self, name)
-            raise NoSuchModuleError(name, self._described(), [*module._modules, *names]) from None
+            raise self._no_such(name) from None
         return value if isinstance(value, _ALWAYS_THE_SAME) else self._attribute(name, value)
 
     def _attribute(self, name: str, value: Any) -> Any:
@@ -120,7 +120,7 @@ class Envoy:
             elif child is not None:
                 envoy = envoy._child(name, child)
             else:
-                raise NoSuchModuleError(name, envoy._described(), [*envoy._module._modules, *envoy._names])
+                raise envoy._no_such(name)
         return envoy
 
     def __getitem__(self, key: int | slice | str) -> Any:
@@ -136,7 +136,7 @@ class Envoy:
         try:
             chosen = children[key]
         except IndexError:
-            raise NoSuchEntryError(int(key), self._described(), len(children)) from None  # type: ignore[arg-type]
+            raise NoSuchEntryError(int(key), described(self._module, self._path), len(children)) from None  # type: ignore[arg-type]
         if isinstance(chosen, list):
             return [self._child(name, module) for name, module in chosen if module is not None]
         name, module = chosen
@@ -192,8 +192,7 @@ class Envoy:
             self._tree.load()
             setattr(self._module, name, value)
         else:
-            known = [*self._module._modules, *self._names, "output", "input", "inputs"]
-            raise NoSuchModuleError(name, self._described(), known)
+            raise self._no_such(name)
 
     def _add(self, name: str, module: torch.nn.Module) -> None:
         """Hang ``module`` on this one, as its child ``name``; from then on it is part of the model."""
@@ -205,7 +204,7 @@ class Envoy:
         elif name not in self._module._modules and hasattr(self._module, name):
             why = "the module has something else of this name already."
         if why:
-            raise NameTakenError(name, self._described(), why)
+            raise NameTakenError(name, described(self._module, self._path), why)
         setattr(self._module, name, module)
         self._tree.forget()
 
@@ -224,9 +223,10 @@ class Envoy:
     def __repr__(self) -> str:
         return tree_text(self._module, self._path, self._tree.aliases)
 
-    def _described(self) -> str:
-        name = type(self._module).__name__
-        return f"{self._path} ({name})" if self._path else f"The model ({name})"
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        known = [*self._module._modules, *self._names]
+        place = place_below(name, self._module, self._path, self._tree.aliases)
+        return NoSuchModuleError(name, described(self._module, self._path), known, object.__dir__(self), place)
 
     # Values.
 

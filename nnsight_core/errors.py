@@ -187,7 +187,7 @@ class NoTraceError(NNsightError):
         super().__init__(
             f"{asked} was asked for outside a trace.\n{table([('asked for', asked, asked_at)])}\n"
             "A module has values only while the model runs. Open a trace around this line:\n"
-            f"    with {model}.trace(inputs):\n        value = {asked}.save()"
+            f"    with {model}.trace(inputs):\n        {asked if asked.endswith(')') else f'value = {asked}.save()'}"
         )
 
 
@@ -276,12 +276,23 @@ class RowsError(NNsightError):
 
 
 class NoSuchModuleError(NNsightError, AttributeError):
-    """A name was asked for that the module tree does not hold."""
+    """A name was asked for that the module tree does not hold.
 
-    def __init__(self, name: str, parent: str, known: Iterable[str]) -> None:
+    Args:
+        name: the name.
+        parent: what was asked for it, in words.
+        known: the modules that it has.
+        others: what else it answers to.
+        place: where a module of that name stands, if there is one below.
+    """
+
+    def __init__(
+        self, name: str, parent: str, known: Iterable[str], others: Iterable[str] = (), place: str = ""
+    ) -> None:
         known = sorted(set(known))
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        hint = ELSEWHERE.get(name) or did_you_mean(name, known)
+        hint = ELSEWHERE.get(name) or (f"A module of that name is at {place!r}." if place else "")
+        hint = hint or did_you_mean(name, [*known, *(each for each in others if each[:1] != "_")])
         lines = [f"{parent} has no module or attribute {name!r}.", hint]
         lines.append(f"Its modules are: {shown}" if known else "It has no modules of its own.")
         super().__init__("\n".join(line for line in lines if line))

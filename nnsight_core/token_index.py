@@ -38,10 +38,17 @@ class TokenIndex:
             return (*[slice(None)] * axis, token)
         length = value.shape[axis]
         own = [list(range(left, length)) for left in padding]
-        if isinstance(token, (int, slice)):
-            columns: list[int | list[int]] = [row[token] for row in own]
-        else:
-            columns = [[row[each] for each in torch.as_tensor(token).tolist()] for row in own]
+        columns: list[int | list[int]]
+        try:
+            if isinstance(token, (int, slice)):
+                columns = [row[token] for row in own]
+            else:
+                columns = [[row[each] for each in torch.as_tensor(token).tolist()] for row in own]
+        except IndexError:
+            raise IndexError(
+                f".t[{token}] is not in every prompt of this batch: they have {[len(row) for row in own]} tokens. "
+                "Count from the end, or take one prompt at a time."
+            ) from None
         lengths = [len(row) for row in columns if isinstance(row, list)]
         if len(set(lengths)) > 1:
             raise ValueError(

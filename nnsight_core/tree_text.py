@@ -38,6 +38,20 @@ def tree_text(module: torch.nn.Module, path: str, aliases: Aliases) -> str:
     return f"{module._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
 
+def described(module: torch.nn.Module, path: str) -> str:
+    """What errors call a module."""
+    name = type(module).__name__
+    return f"{path} ({name})" if path else f"The model ({name})"
+
+
+def place_below(name: str, module: torch.nn.Module, path: str, aliases: Aliases) -> str:
+    """The first path below ``module`` that ends in ``name``, as an own name or an extra one; empty if there is none."""
+    below = f"{path}." if path else ""
+    extra = (f"{holder}.{name}" for holder, names in aliases.items() if name in names and holder.startswith(below))
+    own = (below + each for each, _ in module.named_modules() if each.endswith(f".{name}"))
+    return next((place for places in (own, extra) for place in places), "")
+
+
 def _same(entry: tuple[str, str], name: str, text: str) -> bool:
     first, _, last = entry[0].partition("-")
     return entry[1] == text and (last or first).isdigit() and int(last or first) == int(name) - 1

@@ -368,10 +368,12 @@ class SteeringVectorError(UsageError, ValueError):
     def __init__(self, given: Any, wanted: Sequence[int]) -> None:
         got = f"of shape {tuple(given.shape)}" if hasattr(given, "shape") else f"a {type(given).__name__}"
         axes = "(hidden)" if len(wanted) == 1 else "(prompt, position, hidden)"
+        is_list = getattr(given, "ndim", 0) == 2 and given.shape[-1] == wanted[-1]
+        each = "\nIf each row is for a prompt, give vector[:, None]; for a position, vector[None]." if is_list else ""
         super().__init__(
             f"The steering vector is {got}, but the residual stream has {wanted[-1]} entries at each position.\n"
             f"What fits here is a tensor of shape {tuple(wanted)}, that is {axes}; a vector for all prompts and "
-            f"positions is of shape ({wanted[-1]},)."
+            f"positions is of shape ({wanted[-1]},).{each}"
         )
 
 

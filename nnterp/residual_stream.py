@@ -110,7 +110,7 @@ class ResidualStream:
         self._spec.refuse("steer", f"{name}(...)")
         if where[0] is not None and where[1] is not None:
             raise PositionError(f"{name}() takes positions or token_positions, not both: they count differently.")
-        scope = self.open_scope(name)  # type: ignore[attr-defined]
+        scope = self.open_scope(f"model.{name}(...)")  # type: ignore[attr-defined]
         wanted = [layers] if isinstance(layers, int) else list(layers)
         for layer in sorted({self.layers_output.position(each) for each in wanted}):
             hidden = self.layers_output[layer]

@@ -144,8 +144,9 @@ def test_a_token_is_changed_in_its_own_prompt(gpt2: LanguageModel, way: str) -> 
 
 
 def test_a_token_that_a_prompt_does_not_have(gpt2: LanguageModel) -> None:
-    with pytest.raises(IndexError), gpt2.trace(TEXTS):
-        assert gpt2.transformer.wte.output.t[3] is not None
+    for tokens in (3, [0, 3]):
+        with pytest.raises(IndexError, match=r"is not in every prompt.*\[6, 2, 4\] tokens"), gpt2.trace(TEXTS):
+            assert gpt2.transformer.wte.output.t[tokens] is not None
     with pytest.raises(ValueError, match="different number of tokens"), gpt2.trace(TEXTS):
         assert gpt2.transformer.wte.output.t[1:] is not None
 

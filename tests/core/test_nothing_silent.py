@@ -74,6 +74,8 @@ IN_A_TRACE: dict[str, tuple[Ask, type[Exception], str]] = {
         r"for step in tracer.all\(\)",
     ),
     "a condition of the trace": (lambda m, t: t.cond(True), NoSuchModuleError, "Write: if value"),
+    "a module that stands further down": (lambda m, t: m.ln_f, NoSuchModuleError, r"name is at 'transformer\.ln_f'"),
+    "a method": (lambda m, t: m.genrate("Hello"), NoSuchModuleError, "Did you mean 'generate'"),
     "a path": (lambda m, t: m.get("transformer.h.0.atn"), NoSuchModuleError, "Did you mean 'attn'"),
     "a path in brackets": (lambda m, t: m["transformer.h.0.atn"], NoSuchModuleError, "Did you mean 'attn'"),
     "a path beyond a leaf": (lambda m, t: m.get("lm_head.x"), NoSuchModuleError, "It has no modules of its own"),

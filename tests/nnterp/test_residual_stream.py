@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnsight_core import NoTraceError
 from nnterp import StandardizedTransformer
 from nnterp.errors import LayerIndexError, PositionError, ShapeError, SteeringVectorError
 from tests.families import FAMILY_VARIANTS, IDS, tiny_inputs, tiny_model
@@ -132,6 +133,23 @@ def test_a_vector_that_does_not_fit_is_named_with_the_shape_that_does(
 ) -> None:
     with model.trace(PROMPTS), pytest.raises(SteeringVectorError, match="64 entries at each position"):
         model.steer(1, vector)
+
+
+def test_a_list_of_vectors_is_asked_whose_they_are(model: StandardizedTransformer) -> None:
+    vectors = torch.randn(2, model.hidden_size)
+    with model.trace(PROMPTS), pytest.raises(SteeringVectorError, match=r"for a prompt, give vector\[:, None\]"):
+        model.steer(1, vectors)
+    with model.trace(PROMPTS):
+        before = model.layers_output[1].clone().save()
+        model.steer(1, vectors[:, None])
+        after = model.layers_output[1].save()
+    assert torch.equal(after[1], before[1] + vectors[1])
+    assert torch.equal(after[0], before[0] + vectors[0])
+
+
+def test_steering_outside_a_trace_is_shown_inside_one(model: StandardizedTransformer) -> None:
+    with pytest.raises(NoTraceError, match=r"with model.trace\(inputs\):\n        model.steer\(...\)$"):
+        model.steer(1, torch.ones(model.hidden_size))
 
 
 def test_places_that_are_not_there(model: StandardizedTransformer) -> None:

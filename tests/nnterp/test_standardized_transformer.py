@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnsight_core import InputError, LanguageModel, ModelNotFoundError
+from nnsight_core import InputError, LanguageModel, ModelNotFoundError, NoSuchModuleError
 from nnterp import StandardizedTransformer
 from tests.families import tiny_model
 
@@ -35,6 +35,28 @@ def test_dimensions_are_the_configs(demo_llama: StandardizedTransformer) -> None
     assert demo_llama.hidden_size == config.hidden_size
     assert demo_llama.vocab_size == config.vocab_size
     assert demo_llama.head_dim * demo_llama.num_heads == demo_llama.layers[0].self_attn.q_proj.out_features
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("layer_output", "Did you mean 'layers_output'"),
+        ("logit", "Did you mean 'logits'"),
+        ("traec", "Did you mean 'trace'"),
+        ("norm", "A module of that name is at 'model.norm'"),
+    ],
+)
+def test_a_name_that_is_not_there_is_answered_with_the_nearest(
+    demo_llama: StandardizedTransformer, name: str, says: str
+) -> None:
+    with pytest.raises(NoSuchModuleError, match=says):
+        getattr(demo_llama, name)
+
+
+def test_a_new_name_that_stands_further_down_is_shown_where_it_is() -> None:
+    model = StandardizedTransformer("demo-llama", rename={"layers": "blocks"})
+    with pytest.raises(NoSuchModuleError, match=r"is at 'model\.blocks'"):
+        _ = model.blocks
 
 
 def test_what_is_known_of_the_input_is_there_at_any_moment(demo_gpt2: StandardizedTransformer) -> None:
