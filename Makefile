@@ -76,7 +76,8 @@ format: $(HAS_TOOLS) ## Format the code and mend what ruff can mend
 
 site: $(HAS_TOOLS) ## Build the documentation into out/site
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo "open $(OUT)/site/index.html in a browser"
+	@echo "open $(OUT)/site/index.html in a browser; its search needs a server:"
+	@echo "  $(PY) -m http.server --directory $(OUT)/site, then http://localhost:8000"
 
 models: $(HAS_PACKAGE) ## Train the shipped demo models again
 	@OMP_NUM_THREADS=2 $(PY) -m nnterp.demo_models.train

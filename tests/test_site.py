@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     } <= pages
     assert "StandardizedTransformer" in (tmp_path / "api" / "nnterp.html").read_text(encoding="utf-8")
     assert (tmp_path / "architectures" / "gpt2.yaml").is_file()
+    # Code in a docstring would run together as a paragraph.
+    methods = (tmp_path / "api" / "interventions.html").read_text(encoding="utf-8")
+    assert re.findall(r"<p>[\w.]+(?: = [\w.]+)?\(", methods) == []
+    assert methods.count("<pre") > 50
     # What the browser would have to fetch from elsewhere is not there offline.
     assert 'src="http' not in (tmp_path / "index.html").read_text(encoding="utf-8")
 

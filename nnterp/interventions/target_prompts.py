@@ -1,4 +1,4 @@
-"""Prompts that a hidden state is put into, and where: the targets of patchscopes.
+r"""Prompts that a hidden state is put into, and where: the targets of patchscopes.
 
 TargetPrompt("cat cat\n1135 1135\nhello hello\n?", -1)      # the hidden state takes the place of its last token's
 repeat_prompt()                                             # such a prompt, which makes the model say what it was given
