@@ -80,11 +80,17 @@ def rows_follow(
         except Exception:  # noqa: BLE001 - a model may raise anything at all; then nothing is known
             return False
         # What other modules have in such an axis is mostly asked for together with it.
-        for where, together in whole.items():
-            each_alone = [run.get(where, []) for run in alone]
-            for its in {each.shape for each in together}:
-                found = _known.setdefault(where[0], {})
-                found[where[1:], its, tuple(sizes), axis] = _follow(together, each_alone, sizes, its, axis)
+        shown = {
+            (where, its): _follow(together, [run.get(where, []) for run in alone], sizes, its, axis)
+            for where, together in whole.items()
+            for its in {each.shape for each in together}
+        }
+        for (where, its), follows in shown.items():
+            # Where all entries are alike, as when a router sends all tokens to the same experts, the other tensors that
+            # the module takes and gives tell.
+            others = {shown[each] for each in shown if each[0][0] is where[0]} if follows is None else {follows}
+            found = _known.setdefault(where[0], {})
+            found[where[1:], its, tuple(sizes), axis] = others - {None} == {True}
     return known[key]
 
 
@@ -139,11 +145,12 @@ def _follow(
     sizes: Sequence[int],
     shape: tuple[int, ...],
     axis: tuple[int, int],
-) -> bool:
+) -> bool | None:
+    """Whether each row's entries stand side by side; None where the numbers are the same if they do not."""
     each, total = axis[1], sum(sizes)
     if any(len(values) != len(whole) for values in alone):
         return False
-    seen = 0
+    follows: bool | None = False
     for call, together in enumerate(whole):
         if together.shape != shape:
             continue
@@ -153,11 +160,12 @@ def _follow(
             mine = (rows[:, None] * each + torch.arange(each)).flatten()
             across = (torch.arange(each)[:, None] * total + rows).flatten()
             own = values[call]
-            # Where both orders give the same numbers, nothing has been shown.
-            if not _agree(together, mine, own) or _agree(together, across, own):
+            if not _agree(together, mine, own):
                 return False
-            seen, start = seen + 1, start + size
-    return seen > 0
+            alike = _agree(together, across, own)
+            follows = None if alike or follows is None else True
+            start += size
+    return follows
 
 
 def _agree(one: _Entries, chosen: torch.Tensor, other: _Entries) -> bool:

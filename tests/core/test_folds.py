@@ -198,3 +198,41 @@ def test_tokens_that_are_sorted_by_expert_are_an_error(sets: bool) -> None:
                     activation.output *= 0
                 else:
                     activation.output.save()
+
+
+class OneExpert(nn.Module):
+    """Sends every token to the same expert, by a router that gives its logits as well."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, torch.full((len(x), 1), 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fold", ["batch, position", "position, batch"])
+def test_what_is_alike_for_all_tokens_is_told_by_what_the_module_gives_beside_it(fold: str) -> None:
+    class Routed(Folds):
+        def __init__(self) -> None:
+            super().__init__(*{**RIGHT, **ACROSS}[fold])
+            self.per_head = OneExpert()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+            x = self.embedding(input_ids)
+            values, experts = self.per_head(self.fold(self.router(x)))
+            return self.back(values * experts, x)
+
+    model, seen = LanguageModel(Routed()), []
+    try:
+        with model.trace() as tracer:
+            for number, prompt in enumerate(prompts(2, LanguageModel)):
+                with tracer.invoke(prompt):
+                    seen.append(model.per_head.output[1].save())
+                    if number:
+                        model.per_head.output[1][:] = 5
+                    seen.append(model.output.save())
+    except RowsError:
+        assert fold in ACROSS
+        return
+    assert fold in RIGHT and [each.shape for each in seen[::2]] == [(POSITIONS, 1)] * 2
+    for number, prompt in enumerate(prompts(2, LanguageModel)):
+        plain = model._module(torch.tensor([prompt]))
+        torch.testing.assert_close(seen[2 * number + 1].value, plain * (5 / 3 if number else 1))

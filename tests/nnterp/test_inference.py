@@ -27,10 +27,10 @@ DIFFERENT = {
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "gpt_neox_japanese"), HELD),
     "blt": "Of its three stacks the larger, over patches, is taken for the layers.",
     "cpmant": "The head is given the tokens' positions alone, and no module cuts off those before them.",
+    "deepseek_v4": "The config counts heads of keys, and there is one, which is repeated before it is multiplied.",
     "longcat_flash": "Five parts add to the stream: more than are looked for in a sum.",
     "qwen4_exp": "Several streams side by side, mixed by modules that are no norms.",
     "qwen4_exp_text": "Several streams side by side, mixed by modules that are no norms.",
-    "rembert": "Embeddings are as wide as the stream here, so the map after them is not looked for.",
     "xlnet": "The attention adds what no module gives, so that nothing is said of what is added.",
     "xmod": "Language adapters are added after the MLP, so that nothing is said of what is added.",
 }
