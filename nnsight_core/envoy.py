@@ -102,9 +102,7 @@ class Envoy:
         return self if self._path == "" else Envoy(self._tree.root, "", self._tree)
 
     def get(self, path: str) -> Envoy:
-        """The envoy at a dotted path below this one, by the model's own names or by extra ones.
-
-        >>> model.get("transformer.h.0.attn")  # doctest: +SKIP
+        """The envoy at a dotted path below this one, ``"transformer.h.0.attn"``, by own names or by extra ones.
 
         Raises:
             NoSuchModuleError: there is none; says the nearest names.
@@ -120,7 +118,7 @@ class Envoy:
             elif child is not None:
                 envoy = envoy._child(name, child)
             else:
-                raise envoy._no_such(name)
+                raise envoy._no_such(name, is_path=True)
         return envoy
 
     def __getitem__(self, key: int | slice | str) -> Any:
@@ -223,10 +221,11 @@ class Envoy:
     def __repr__(self) -> str:
         return tree_text(self._module, self._path, self._tree.aliases)
 
-    def _no_such(self, name: str) -> NoSuchModuleError:
+    def _no_such(self, name: str, is_path: bool = False) -> NoSuchModuleError:
         known = [*self._module._modules, *self._names]
         place = place_below(name, self._module, self._path, self._tree.aliases)
-        return NoSuchModuleError(name, described(self._module, self._path), known, object.__dir__(self), place)
+        others = () if is_path else object.__dir__(self)
+        return NoSuchModuleError(name, described(self._module, self._path), known, others, place)
 
     # Values.
 

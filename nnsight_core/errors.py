@@ -32,6 +32,7 @@
         ├── PaddingError         prompts of different lengths for a model that cannot be padded
         ├── PromptTooLongError   a prompt beyond the model's context length
         ├── ModelNotFoundError   a name or folder that holds no model
+        │   └── ModelClassError  a model of another kind
         └── MissingWeightsError  a model some of whose weights are not there
 
 Each class writes its own message: what was asked, at which line, what is so, and how to mend it.

@@ -71,6 +71,20 @@ class ModelNotFoundError(InputError):
         super().__init__("\n".join(line for line in lines if line))
 
 
+class ModelClassError(ModelNotFoundError):
+    """A model that is there, and is not of the kind that was to be loaded."""
+
+    def __init__(self, name: str, model_type: str, loader: str, is_encoder_decoder: bool) -> None:
+        other, also = ("AutoModelForSeq2SeqLM", ", decoder_input_ids=ids") if is_encoder_decoder else ("AutoModel", "")
+        InputError.__init__(
+            self,
+            f"{name!r} holds a model of type {model_type!r}, and {loader} has none of that type.\n"
+            "Open it by the names of its own modules, which print(model) shows:\n"
+            f"    model = nnsight_core.LanguageModel({name!r}, automodel={other!r})\n"
+            f"    with model.trace(text{also}): ...",
+        )
+
+
 class MissingWeightsError(InputError):
     """A checkpoint lacks weights of its model, which would be left to chance."""
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from nnsight_core import thread_state
 from nnsight_core.error_text import nearest
-from nnsight_core.input_errors import InputError, MissingWeightsError, ModelNotFoundError
+from nnsight_core.input_errors import InputError, MissingWeightsError, ModelClassError, ModelNotFoundError
 from nnsight_core.loading_options import check_loading_options
 from nnsight_core.tree import Tree
 
@@ -73,7 +73,8 @@ class Checkpoint:
         """The model without weights, in evaluation mode; with them where it cannot be built without.
 
         Raises:
-            ModelNotFoundError: what there is holds no model of this kind.
+            ModelNotFoundError: what there is holds no model.
+            ModelClassError: it holds one of another kind.
         """
         skeleton = self._skeleton()
         self.is_loaded = skeleton is None
@@ -89,6 +90,10 @@ class Checkpoint:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 model: PreTrainedModel = build(config, **given)
         except ValueError as error:
+            if type(config) not in getattr(self._automodel, "_model_mapping", (type(config),)):
+                raise ModelClassError(
+                    str(self.name), config.model_type, self._automodel.__name__, bool(config.is_encoder_decoder)
+                ) from error
             raise ModelNotFoundError(str(self.name), _readable(error), self._known) from error
         except Exception:  # noqa: BLE001 - a checkpoint's own code may need numbers for anything at all
             return None

@@ -332,9 +332,9 @@ class ShapeError(UsageError, ValueError):
     """A value of the wrong shape for its place."""
 
     def __init__(self, place: str, given: Any, wanted: Any) -> None:
-        got = f"of shape {tuple(given.shape)}" if hasattr(given, "shape") else f"a {type(given).__name__}"
+        got = f"value of shape {tuple(given.shape)}" if hasattr(given, "shape") else type(given).__name__
         super().__init__(
-            f"{place} was set to a value {got}, but what stands there is of shape {tuple(wanted.shape)}.\n"
+            f"{place} was set to a {got}, but what stands there is of shape {tuple(wanted.shape)}.\n"
             "Give a tensor of that shape (expand it if every prompt or position is to get the same), or a number."
         )
 

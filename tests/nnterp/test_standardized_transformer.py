@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnsight_core import InputError, LanguageModel, ModelNotFoundError, NoSuchModuleError
+from nnsight_core import InputError, LanguageModel, ModelClassError, ModelNotFoundError, NoSuchModuleError
 from nnterp import StandardizedTransformer
 from tests.families import tiny_model
 
@@ -51,6 +51,11 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(
 ) -> None:
     with pytest.raises(NoSuchModuleError, match=says):
         getattr(demo_llama, name)
+
+
+def test_a_path_is_answered_with_modules_alone(demo_llama: StandardizedTransformer) -> None:
+    with pytest.raises(NoSuchModuleError, match=r"'layers_output'\.\nDid you mean 'layers'\?"):
+        demo_llama.get("layers_output")
 
 
 def test_a_new_name_that_stands_further_down_is_shown_where_it_is() -> None:
@@ -104,6 +109,26 @@ def test_options_for_loading_are_not_dropped_where_nothing_is_loaded(wrap: Any) 
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         StandardizedTransformer(str(tmp_path))
+
+
+def test_a_model_that_is_no_causal_one_is_opened_as_the_error_says(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig, DistilBertModel, T5Config, T5ForConditionalGeneration
+
+    ids, read = torch.tensor([[3, 4, 5]]), torch.tensor([[0, 7]])
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    t5.eval().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelClassError, match=r"'t5'[^@]*='AutoModelForSeq2SeqLM'\)\n.*decoder_input_ids"):
+        StandardizedTransformer(tmp_path / "t5")
+    model = LanguageModel(tmp_path / "t5", automodel="AutoModelForSeq2SeqLM")
+    with torch.no_grad(), model.trace(ids, decoder_input_ids=read):
+        logits = model.lm_head.output.save()
+    with torch.no_grad():
+        assert torch.equal(logits, t5(input_ids=ids, decoder_input_ids=read).logits)
+
+    bert = DistilBertModel(DistilBertConfig(vocab_size=64, dim=16, hidden_dim=32, n_layers=1, n_heads=2))
+    bert.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelClassError, match=r"'distilbert'.*\n.*\n.*automodel='AutoModel'\)"):
+        StandardizedTransformer(tmp_path / "bert")
 
 
 def test_an_architecture_that_no_file_serves_is_opened_by_its_structure() -> None:
