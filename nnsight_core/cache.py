@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 
@@ -205,6 +205,10 @@ class Cache:
     def save(self) -> Cache:
         """The cache itself, which lives as long as its variable does."""
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        mend = "Save what it holds: torch.save({name: entry.output for name, entry in cache.items()}, file)."
+        raise OptionError("A cache as a file, or copied", "it knows the model, which would go along.", mend=mend)
 
     def keys(self) -> list[str]:
         """The modules' own paths, in the order in which they came."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nnsight_core import LanguageModel, ModuleNotRunError, NNsight, NoSuchModuleError
+from nnsight_core import LanguageModel, ModuleNotRunError, NNsight, NoSuchModuleError, OptionError
 from nnterp import StandardizedTransformer
 from tests.families import tiny_model
 
@@ -48,6 +49,17 @@ def test_all_modules_at_once(module: Any, model: StandardizedTransformer) -> Non
         if isinstance(expected, torch.Tensor):
             assert torch.equal(first, expected), name
             assert not first.requires_grad
+
+
+def test_a_file_gets_the_entries_and_not_the_model(model: StandardizedTransformer, tmp_path: Path) -> None:
+    with torch.no_grad(), model.trace(IDS) as tracer:
+        cache = tracer.cache(modules=[layer.mlp for layer in model.layers])
+    with pytest.raises(OptionError, match=r"Save what it holds: torch\.save"):
+        torch.save(cache, tmp_path / "cache.pt")
+    torch.save({name: entry.output for name, entry in cache.items()}, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=True)
+    assert list(loaded) == cache.keys() and len(loaded) == model.num_layers
+    assert all(torch.equal(loaded[name], cache[name].output) for name in loaded)
 
 
 def test_every_name_finds_the_same_entry(model: StandardizedTransformer) -> None:
