@@ -28,6 +28,7 @@ from nnsight_core.errors import (
     SourceError,
     StepNotRunError,
     TraceStoppedError,
+    WrittenOverError,
     WrongThreadError,
 )
 from nnsight_core.input_errors import (
@@ -89,6 +90,7 @@ __all__ = [
     "StepNotRunError",
     "Tracer",
     "TraceStoppedError",
+    "WrittenOverError",
     "WrongThreadError",
 ]
 

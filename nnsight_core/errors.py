@@ -10,6 +10,7 @@
     ├── WrongThreadError         a trace was continued in another thread than the one that opened it
     ├── GradientError            a gradient that is not there, or cannot be
     ├── RecomputedError          a change that gradient checkpointing would not make again
+    ├── WrittenOverError         a value was saved into which the model has written since
     ├── NoTraceError             a value was asked for outside a trace
     ├── RowsError                a value whose rows cannot be told apart among the inputs of a batch
     ├── RecordingError           something that cannot be recorded for a value that has yet to arrive
@@ -178,6 +179,17 @@ class RecomputedError(NNsightError):
             f"{label} was changed inside a checkpointed module.\n{table([('changed', label, site)])}\n"
             "The backward pass would compute it again, as it was, and give wrong gradients.\n"
             "Turn checkpointing off, or trace under torch.no_grad() if you want no gradients."
+        )
+
+
+class WrittenOverError(NNsightError):
+    """A value was saved into which the model has written since it was read."""
+
+    def __init__(self, label: str, site: Site) -> None:
+        super().__init__(
+            f"{label} was saved, but is not any more what was read: the model has written into it since (x += y).\n"
+            f"{table([('saved', label, site)])}\n"
+            "Save a copy of what is there when it is read: .clone().save()."
         )
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_core.arguments import NEVER_CAME, PENDING, RELEASED
 from nnsight_core.dry_run import Place
+from nnsight_core.errors import WrittenOverError
 from nnsight_core.events import Event, Origin
 from nnsight_core.input_proxy import InputProxy
 from nnsight_core.proxy import Proxy
@@ -35,6 +36,8 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     _saved = False
     _tape: Any = None
     _live: Any = None
+    #: How often the value had been written into when it came from the model; -1 if that is not known.
+    _version = -1
 
     @property
     def values(self) -> Any:
@@ -58,6 +61,7 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]  # the proxy's ope
     def _adopt(self, value: Any) -> None:
         _set(self, "_value", value)
         inner = self._plain()
+        _set(self, "_version", _version_of(inner))
         _take_over(self, _alias(torch.Tensor, inner) if isinstance(inner, torch.Tensor) else _EMPTY.detach())
 
 
@@ -75,6 +79,18 @@ class ObjectInputProxy(InputProxy, ObjectProxy):
     """A module's call whose first argument is no tensor."""
 
     __slots__ = ()
+
+
+def _version_of(value: Any) -> int:
+    if torch._C._len_torch_function_stack():
+        # Modes of the script's are for its own operations.
+        with torch._C.DisableTorchFunction():
+            return _counted(value)
+    return _counted(value)
+
+
+def _counted(value: Any) -> int:
+    return -1 if not isinstance(value, torch.Tensor) or value.is_inference() else value._version
 
 
 def _alias(kind: type[Any], value: Any) -> Any:
@@ -190,6 +206,8 @@ class Scope:
         _set(made, "_scope", self)
         _set(made, "_origin", origin)
         _set(made, "_site", site or user_site())
+        if origin is not None and isinstance(value, torch.Tensor):
+            _set(made, "_version", _version_of(value))
         return self._keep(made)
 
     def _keep(self, made: Any) -> Proxy:
@@ -232,6 +250,16 @@ class Scope:
         if self._gradients is not None:
             self._gradients.give_up()
 
+    def check_saved(self) -> None:
+        """Raises:
+        WrittenOverError: the model has written into a value that was saved, after it was read.
+        """
+        for proxy in self._proxies():
+            if proxy._saved and proxy._origin is not None and issubclass(type(proxy), TensorProxy):
+                value = proxy._value
+                if isinstance(value, torch.Tensor) and proxy._version not in (-1, _version_of(value)):
+                    raise WrittenOverError(proxy._origin.event.label, proxy._site)
+
     def wrap(self, value: Any, origin: Origin | Event | None = None, site: Site | None = None) -> Any:
         """``value`` as a proxy, unless it is one of the kinds that are handed out plainly."""
         if type(value) is torch.Tensor:
@@ -240,6 +268,8 @@ class Scope:
             fields = made.__dict__
             fields["_value"], fields["_scope"], fields["_origin"] = value, self, origin
             fields["_site"] = site or user_site()
+            if origin is not None:
+                fields["_version"] = _version_of(value)
             return self._keep(made)
         if issubclass(type(value), Proxy) or callable(value):
             return value

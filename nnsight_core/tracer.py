@@ -173,6 +173,7 @@ class Tracer:
             self._edits.check()
         for part in self._parts:
             part.scope.check_gradients()
+            part.scope.check_saved()
             for cache, _ in part.caches if not self._stopped else ():
                 cache.check()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_core import NNsight
+from nnsight_core import NNsight, WrittenOverError
 
 
 class Block(nn.Module):
@@ -125,3 +125,67 @@ def test_a_tensor_that_is_set_is_not_written_into(change: Callable[[Any, torch.T
             output = model.output.save()
         assert torch.equal(mine, -torch.ones(3, 4))
         assert torch.equal(output.value, torch.zeros(3, 4))
+
+
+class Adds(nn.Module):
+    """Writes into what its first module has given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.first(x)
+        hidden += self.second(x)
+        return hidden
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda value: value,
+    "part": lambda value: value[:, 1:],
+    "view": lambda value: value.T,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("in_invokes", [False, True])
+def test_what_a_forward_writes_over_is_an_error_unless_a_copy_is_saved(
+    look: Callable[[Any], Any], in_invokes: bool
+) -> None:
+    module = nn.Sequential(Adds())
+    model = NNsight(module)
+
+    def read(keep: Callable[[Any], Any]) -> Any:
+        if not in_invokes:
+            with model.trace(X):
+                unsaved = model[0].first.output
+                value, double = keep(look(unsaved)).save(), (2 * unsaved).save()
+        else:
+            with model.trace() as tracer:
+                with tracer.invoke(X):
+                    unsaved = model[0].first.output
+                    value, double = keep(look(unsaved)).save(), (2 * unsaved).save()
+                with tracer.invoke(X):
+                    model[0].second.output.save()
+        torch.testing.assert_close(double.value, 2 * module[0].first(X))
+        return value.value
+
+    with pytest.raises(
+        WrittenOverError, match=r"first\.output was saved(?s:.*)test_in_place\.py:\d+(?s:.*)\.clone\(\)"
+    ):
+        read(lambda value: value)
+    torch.testing.assert_close(read(lambda value: value.clone()), look(module[0].first(X)))
+    # What the body itself sets is not written into.
+    with model.trace(X):
+        model[0].first.output = mine = torch.ones(3, 4)
+        output = model.output.save()
+    assert torch.equal(mine, torch.ones(3, 4))
+    torch.testing.assert_close(output.value, 1 + module[0].second(X))
+
+
+def test_where_torch_does_not_count_what_is_written_nothing_is_said() -> None:
+    model = NNsight(nn.Sequential(Adds()))
+    with torch.inference_mode(), model.trace(X):
+        value = model[0].first.output.save()
+    assert value.shape == (3, 4)
