@@ -80,6 +80,9 @@ def test_ctrl_c_while_torch_is_loaded_leaves_no_traceback() -> None:
         "            print('loading', flush=True)\n"
         "            time.sleep(60)\n"
         "sys.meta_path.insert(0, Slow())\n"
+        # A job in the background is begun with the interrupt ignored.
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nnterp.command_line import main\n"
         "sys.exit(main(['lens', 'text']))\n"
     )
