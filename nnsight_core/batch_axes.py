@@ -20,7 +20,7 @@ from nnsight_core.fold_order import made_distinct, rows_follow
 from nnsight_core.kinds import Derived
 from nnsight_core.operations import is_operation
 from nnsight_core.shapes import ShapesOnly
-from nnsight_core.values import tensors_in
+from nnsight_core.values import tensors_by_place
 
 #: The axis of the batch and how many entries along it each row makes; None for what belongs to all rows alike.
 Axis = tuple[int, int] | None
@@ -134,7 +134,7 @@ class BatchAxes:
         return (
             weakref.ref(self._root),
             self._root.training,
-            tuple((path, each.shape) for path, each in tensors_in(self._call)),
+            tuple((path, each.shape) for path, each in tensors_by_place(self._call)),
         )
 
     def _standing_axis(self, place: Place, shape: tuple[int, ...]) -> Axis:
@@ -273,7 +273,7 @@ def _shapes(
             seen: dict[Place, list[tuple[int, ...]]] = {}
 
             def note(module: torch.nn.Module, kind: str, value: Any, site: Any, seen: Any = seen) -> None:
-                for path, tensor in tensors_in(value):
+                for path, tensor in tensors_by_place(value):
                     seen.setdefault((module, kind, path), []).append(tuple(tensor.shape))
 
             run_dry(root, call, note, ShapesOnly.here() if fake else None, inside, derived)

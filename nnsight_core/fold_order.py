@@ -17,7 +17,7 @@ import torch
 from nnsight_core.dry_run import Inside, Place, run_dry
 from nnsight_core.kinds import Derived
 from nnsight_core.operations import is_operation
-from nnsight_core.values import tensors_in
+from nnsight_core.values import tensors_by_place
 
 #: What the tokens of a language model are called among its arguments.
 _TOKENS = ("input_ids", "decoder_input_ids")
@@ -121,7 +121,7 @@ def _entries(root: torch.nn.Module, call: Any, place: Place, axis: int, length: 
     def note(one: torch.nn.Module, its: str, value: Any, site: Any) -> None:
         if is_inside and its != kind:
             return
-        for where, tensor in tensors_in(value):
+        for where, tensor in tensors_by_place(value):
             if tensor.ndim > axis and tensor.shape[axis] == length and (where == path or not is_inside):
                 found.setdefault((one, its, where), []).append(_marked(tensor.detach(), axis))
 

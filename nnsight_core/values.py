@@ -146,15 +146,15 @@ def entries_of(value: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def tensors_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], torch.Tensor]]:
+def tensors_by_place(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], torch.Tensor]]:
     """The tensors in ``value``, and the keys that lead to each.
 
-    >>> [(path, tuple(tensor.shape)) for path, tensor in tensors_in({"a": (torch.zeros(2), None)})]
+    >>> [(path, tuple(tensor.shape)) for path, tensor in tensors_by_place({"a": (torch.zeros(2), None)})]
     [(('a', 0), (2,))]
     """
     if isinstance(value, torch.Tensor):
         return [(path, value)]
-    return [found for key, entry in entries_of(value) for found in tensors_in(entry, (*path, key))]
+    return [found for key, entry in entries_of(value) for found in tensors_by_place(entry, (*path, key))]
 
 
 def _path_to_first_tensor(value: Any) -> tuple[Any, ...] | None:
