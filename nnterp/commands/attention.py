@@ -5,12 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nnterp.commands.terminal import (
-    encoding,
-    model_name,
-    write,
-    write_json,
-)
+from nnterp.commands.terminal import encoding, model_name, write, write_json
 from nnterp.errors import PositionError
 from nnterp.interventions.attention_patterns import AttentionPatterns, attention_patterns
 from nnterp.lens_table import cells, marks_legend, visible

@@ -7,12 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nnterp.commands.terminal import (
-    encoding,
-    model_name,
-    write,
-    write_json,
-)
+from nnterp.commands.terminal import encoding, model_name, write, write_json
 from nnterp.interventions.logit_lens import LensResult, lens_tokens
 from nnterp.lens_table import cells, fit, lens_table, visible
 from nnterp.pictures import check_figure_file, plot_lens, save_figure

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from nnterp.choices import DEFAULT_SITES, HEADS, KINDS, METHODS, STREAMS
 from nnterp.commands.terminal import (
     DEFAULT_MODEL,
     add_model,
@@ -20,24 +21,7 @@ from nnterp.commands.terminal import (
 
 __all__ = ["COMMANDS"]
 
-#: The words of the interventions, whose own files take torch to read; a test holds both together.
-SITES = (
-    "layers_input",
-    "attentions_input",
-    "attentions_output",
-    "mixers_input",
-    "mixers_output",
-    "mlps_input",
-    "mlps_output",
-    "layers_output",
-    "heads_output",
-    "queries",
-    "keys",
-    "values",
-)
-DEFAULT_SITES = ("layers_output", "attentions_output", "mlps_output")
-KINDS = ("previous", "induction", "duplicate")
-METHODS = ("mean", "principal")
+SITES = (*STREAMS, *HEADS)
 
 LENS_EXAMPLES = f"""\
 examples:

@@ -6,12 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from nnterp.commands.terminal import (
-    encoding,
-    model_name,
-    write,
-    write_json,
-)
+from nnterp.commands.terminal import encoding, model_name, write, write_json
 from nnterp.interventions.activation_patching import PatchingResult, activation_patching
 from nnterp.interventions.attribution_patching import attribution_patching
 from nnterp.interventions.metrics import logit_difference

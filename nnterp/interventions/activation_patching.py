@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nnterp.choices import DEFAULT_SITES
 from nnterp.errors import UsageError
 from nnterp.interventions.metrics import Metric
 from nnterp.interventions.sites import (
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["activation_patching", "DEFAULT_SITES", "PatchingResult", "unpatched"]
-
-DEFAULT_SITES = ("layers_output", "attentions_output", "mlps_output")
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nnsight_core.prompts import token_rows
+from nnterp.choices import KINDS
 from nnterp.errors import UsageError, did_you_mean
 from nnterp.interventions.batching import progress
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["find_heads", "Head", "head_scores", "KINDS", "looking_scores", "repeated_tokens"]
-
-#: The kinds of heads that are looked for.
-KINDS = ("previous", "induction", "duplicate")
 
 
 class Head(NamedTuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight_core.prompts import padded, token_rows
+from nnterp.choices import HEADS, STREAMS
 from nnterp.errors import PositionError, PromptPairError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,20 +34,6 @@ __all__ = [
     "STREAMS",
     "token_texts",
 ]
-
-#: Values of shape (batch, position, hidden).
-STREAMS = (
-    "layers_input",
-    "attentions_input",
-    "attentions_output",
-    "mixers_input",
-    "mixers_output",
-    "mlps_input",
-    "mlps_output",
-    "layers_output",
-)
-#: Values of shape (batch, head, position, head_dim).
-HEADS = ("heads_output", "queries", "keys", "values")
 
 #: Texts, or token ids of shape (prompt, position).
 Prompts = str | Sequence[str] | torch.Tensor

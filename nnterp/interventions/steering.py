@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nnterp.choices import METHODS
 from nnterp.errors import SteeringVectorError, UsageError
 from nnterp.files import why_not_writable
 from nnterp.interventions.batching import as_prompts, progress
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
 __all__ = ["check_vector_file", "METHODS", "SteeringVector"]
-
-METHODS = ("mean", "principal")
 
 #: Marks a file of ours, and which of the file's entries say what.
 _FORMAT = "nnterp steering vector 1"

@@ -37,6 +37,7 @@ ORDER = (
     "nnterp/interventions/target_prompts.py",
     "nnterp/interventions/sites.py",
     "nnterp/interventions/metrics.py",
+    "nnterp/choices.py",
     "nnterp/prompt_utils.py",
     "nnterp/nnsight_utils.py",
     "nnterp/standardized_transformer.py",

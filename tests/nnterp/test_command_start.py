@@ -10,10 +10,6 @@ import sys
 import pytest
 
 from nnterp.commands import parsers
-from nnterp.interventions.activation_patching import DEFAULT_SITES
-from nnterp.interventions.head_scores import KINDS
-from nnterp.interventions.sites import HEADS, STREAMS
-from nnterp.interventions.steering import METHODS
 from tests.nnterp.test_command_line import ROOT
 
 
@@ -32,11 +28,6 @@ def test_help_and_mistakes_load_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(f"nnterp {words[0]}" in done.stdout for words in commands[6:])
-
-
-def test_the_choices_are_those_of_the_interventions() -> None:
-    assert (*STREAMS, *HEADS) == parsers.SITES and parsers.DEFAULT_SITES == DEFAULT_SITES
-    assert (parsers.KINDS, parsers.METHODS) == (KINDS, METHODS)
 
 
 def test_the_face_of_the_package_is_there_when_it_is_asked_for() -> None:
